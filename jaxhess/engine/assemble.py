@@ -1,0 +1,315 @@
+"""From the sweep's matrices to operators, a block for each parameter.
+
+A structured use of W contributes its pairs with every other use of the same parameter (math.md, section 6):
+
+    d2E/dW_j dW_k [(i,q),(p,s)] = Q_jk[i,p] z_j[q] z_k[s] + g_j[i] S_jk[q,p] z_k[s] + g_k[p] S_kj[s,i] z_j[q]
+
+One use with one input vector is `KroneckerProductSum`; everything else is a labelled contraction. Uses of other kinds
+are averaged matrices, which the sweep has carried to the parameter already.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax.numpy as jnp
+import lineax as lx
+
+from jaxhess._typing import Array
+from jaxhess.engine import kinds
+from jaxhess.engine.batch import BatchResult
+from jaxhess.engine.plan import Leaf, Plan
+from jaxhess.engine.sweep import evaluate
+from jaxhess.engine.trace import Operation
+from jaxhess.engine.views import View
+from jaxhess.operators import (
+    ContractionOperator,
+    CurvatureOperator,
+    Dense,
+    Diagonal,
+    KroneckerProductSum,
+    Layout,
+    LowRank,
+    OperatorSum,
+)
+from jaxhess.operators.pullback import PairTerm, Pullback, contract
+
+__all__ = ["block", "factored", "structured_gradients"]
+
+_EXAMPLE = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """The labels of one use of a parameter or a frontier variable.
+
+    `weight` labels the axes of `view.sizes`; `output` and `input` those of y and z after their reshape to `output_sizes`
+    and `input_sizes`. `input` is None where the use is no contraction (z = 1).
+    """
+
+    leaf: Leaf
+    view: View
+    weight: tuple[int, ...]
+    output: tuple[int, ...]
+    output_sizes: tuple[int, ...]
+    input: tuple[int, ...] | None
+    input_sizes: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+def _use(plan: Plan, leaf: Leaf, view: View, first_label: int) -> Use:
+    """The use, with labels from `first_label` on."""
+    weight = tuple(range(first_label, first_label + len(view.sizes)))
+    size = dict(zip(weight, view.sizes, strict=True))
+    axes = [tuple(weight[atom] for atom in axis) for axis in view.axes]
+    if leaf.operand is None:
+        output = tuple(label for axis in axes for label in axis)
+        return Use(leaf, view, weight, output, tuple(size[i] for i in output), None, (), ())
+    (operation,) = plan.steps[leaf.step].operations
+    contracting, batching = operation.params["dimension_numbers"]
+    mine, other = leaf.operand, 1 - leaf.operand
+    shape = plan.graph.avals[operation.inputs[other]].shape
+    label_of: dict[int, tuple[int, ...]] = {}
+    for pairs in (contracting, batching):
+        label_of |= {theirs: axes[ours] for ours, theirs in zip(pairs[mine], pairs[other], strict=True)}
+    positions = []
+    for axis, length in enumerate(shape):
+        if axis not in label_of:
+            label = first_label + len(weight) + len(positions)
+            label_of[axis], size[label] = (label,), length
+            positions.append(label)
+    inputs = [label for axis in range(len(shape)) for label in label_of[axis]]
+    bound = {*contracting[mine], *batching[mine]}
+    free = [label for axis, labels in enumerate(axes) if axis not in bound for label in labels]
+    moving = list(positions)
+    outputs = [label for ours in batching[mine] for label in axes[ours]]
+    outputs += free + moving if mine == 0 else moving + free
+    return Use(
+        leaf, view, weight, tuple(outputs), tuple(size[i] for i in outputs), tuple(inputs), tuple(size[i] for i in inputs),
+        tuple(positions),
+    )  # fmt: skip
+
+
+def structured_gradients(plan: Plan, result: BatchResult) -> dict[int, Array]:
+    """`(1/r) sum_i v_i z_i^T` by the frontier variables with structured uses: one matrix product over the batch for each
+    use (Corollary 1)."""
+    gradients: dict[int, Array] = {}
+    for number, G in result.outputs.items():
+        leaf = plan.leaves[number]
+        shape = plan.graph.avals[leaf.variable].shape
+        use = _use(plan, leaf, View.of(leaf.variable, shape), _EXAMPLE + 1)
+        assert use.input is not None
+        G = G.reshape(result.examples, *use.output_sizes)
+        Z = result.inputs[number].reshape(result.examples, *use.input_sizes)
+        gradient = contract((G, Z), ((_EXAMPLE, *use.output), (_EXAMPLE, *use.input)), use.weight) / result.examples
+        gradients[leaf.variable] = gradients[leaf.variable] + gradient if leaf.variable in gradients else gradient
+    return gradients
+
+
+def block(
+    plan: Plan,
+    result: BatchResult,
+    environment: dict[int, Array],
+    root: int,
+    own: kinds.Kind | None,
+    gradients: dict[int, Array],
+) -> CurvatureOperator:
+    """The Hessian block of one parameter; `own` is its curvature outside structured uses, `gradients` those of
+    `structured_gradients`."""
+    shape, dtype = plan.graph.avals[root].shape, plan.graph.avals[root].dtype
+    terms: list[CurvatureOperator] = []
+    if isinstance(own, kinds.Diagonal):
+        terms.append(Diagonal(own.values.reshape(shape)))
+    elif own is not None:
+        terms.append(Dense(own.matrix, shape))
+    members = {n for n, leaf in enumerate(plan.leaves) if root in leaf.roots}
+    both = [*result.curvatures, *((min(pair), max(pair)) for pair in result.sensitivities)]
+    pairs = [pair for pair in dict.fromkeys(both) if members.issuperset(pair)]
+    derived = {n for n in members & set(result.outputs) if _view_of(plan, n, root) is None}
+    involved = sorted(derived.union(*pairs))
+    views = {n: view for n in involved if (view := _view_of(plan, n, root)) is not None}
+    if len(views) < len(involved) or len({view.sizes for view in views.values()}) > 1:
+        terms.append(_pullback(plan, result, environment, root, involved, pairs, gradients))
+    elif pairs:
+        terms += _direct_terms(plan, result, environment, views, pairs, shape)
+    if not terms:
+        return Diagonal(jnp.zeros(shape, dtype))
+    return terms[0] if len(terms) == 1 else OperatorSum(terms)
+
+
+def factored(plan: Plan, result: BatchResult, root: int) -> LowRank | None:
+    """The gradient of a matrix as `left right^T`, or None where the parameter is not a matrix with structured uses only."""
+    shape = plan.graph.avals[root].shape
+    members = [n for n, leaf in enumerate(plan.leaves) if root in leaf.roots and n in {*result.outputs, *result.gradients}]
+    lefts, rights = [], []
+    for n in members:
+        view = _view_of(plan, n, root)
+        if len(shape) != 2 or n not in result.outputs or view is None or view.sizes != shape or view.factors:
+            return None
+        use = _use(plan, plan.leaves[n], view, _EXAMPLE + 1)
+        assert use.input is not None
+        if set(use.weight) & set(use.output) & set(use.input):
+            return None
+        G = result.outputs[n].reshape(result.examples, *use.output_sizes)
+        Z = result.inputs[n].reshape(result.examples, *use.input_sizes)
+        sides = {}
+        for array, labels in ((G / result.examples, use.output), (Z, use.input)):
+            (axis,) = [label for label in labels if label in use.weight]
+            ordered = (_EXAMPLE, *use.positions, axis)
+            moved = jnp.transpose(array, [(_EXAMPLE, *labels).index(label) for label in ordered])
+            sides[axis] = moved.reshape(-1, moved.shape[-1]).T
+        lefts.append(sides[use.weight[0]])
+        rights.append(sides[use.weight[1]])
+    if not lefts:
+        return None
+    return LowRank(jnp.concatenate(lefts, axis=1), jnp.concatenate(rights, axis=1))
+
+
+def _view_of(plan: Plan, leaf: int, root: int) -> View | None:
+    view = plan.views.get(plan.leaves[leaf].variable)
+    return view if view is not None and view.root == root else None
+
+
+def _number_uses(plan: Plan, views: dict[int, View]) -> dict[int, Use]:
+    uses: dict[int, Use] = {}
+    label = _EXAMPLE + 1
+    for n, view in views.items():
+        uses[n] = _use(plan, plan.leaves[n], view, label)
+        label += len(uses[n].weight) + len(uses[n].positions)
+    return uses
+
+
+def _scale(view: View, environment: dict[int, Array]) -> Array | None:
+    scale = None
+    for variable, power in view.factors:
+        factor = -jnp.ones(()) if variable is None else environment[variable] ** power
+        scale = factor if scale is None else scale * factor
+    return scale
+
+
+def _direct_terms(
+    plan: Plan,
+    result: BatchResult,
+    environment: dict[int, Array],
+    views: dict[int, View],
+    pairs: Sequence[tuple[int, int]],
+    shape: tuple[int, ...],
+) -> list[CurvatureOperator]:
+    uses = _number_uses(plan, views)
+    single = _kronecker(result, environment, uses, pairs, shape)
+    if single is not None:
+        return [single]
+    terms: list[CurvatureOperator] = []
+    for j, k in pairs:
+        scales = [s for s in (_scale(uses[n].view, environment) for n in (j, k)) if s is not None]
+        factor = math.prod(scales, start=jnp.ones(())) / result.examples
+        for term in _pair_terms(result, uses, j, k):
+            tags = () if term.symmetrised else lx.symmetric_tag
+            terms.append(
+                ContractionOperator(
+                    term.operands, term.labels, term.rows, term.columns, shape, factor,
+                    symmetrised=term.symmetrised, tags=tags,
+                )
+            )  # fmt: skip
+    return terms
+
+
+def _kronecker(
+    result: BatchResult,
+    environment: dict[int, Array],
+    uses: dict[int, Use],
+    pairs: Sequence[tuple[int, int]],
+    shape: tuple[int, ...],
+) -> KroneckerProductSum | None:
+    """Theorem 1: one use of the parameter with one input vector for each example."""
+    if len(uses) != 1 or len(pairs) != 1:
+        return None
+    ((n, use),) = uses.items()
+    if use.input is None or set(use.output) & set(use.input):
+        return None
+    rows = tuple(label - use.weight[0] for label in use.output) if use.weight else ()
+    columns = tuple(label - use.weight[0] for label in use.input) if use.weight else ()
+    m, n_inputs = math.prod(use.output_sizes), math.prod(use.input_sizes)
+    Q = result.curvatures[n, n].reshape(result.examples, m, m)
+    Z = result.inputs[n].reshape(result.examples, n_inputs)
+    scale = _scale(use.view, environment)
+    layout = Layout(shape, use.view.sizes, rows, columns)
+    return KroneckerProductSum(Q if scale is None else Q * scale**2, Z, layout)
+
+
+def _pair_terms(result: BatchResult, uses: dict[int, Use], j: int, k: int) -> Iterator[PairTerm]:
+    """The terms of a pair of uses; `PairTerm.pair` holds the leaves' numbers."""
+    r = result.examples
+    mine, other = uses[j], uses[k]
+    if j == k:
+        other = _relabelled(mine, 1 + max((0, *mine.weight, *mine.positions)))
+    if (j, k) in result.curvatures:
+        Q = result.curvatures[j, k].reshape(r, *mine.output_sizes, *other.output_sizes)
+        operands, labels = [Q], [(_EXAMPLE, *mine.output, *other.output)]
+        for n, use in ((j, mine), (k, other)):
+            if use.input is not None:
+                operands.append(result.inputs[n].reshape(r, *use.input_sizes))
+                labels.append((_EXAMPLE, *use.input))
+        yield PairTerm(tuple(operands), tuple(labels), mine.weight, other.weight, (j, k), j != k)
+    for (a, left), (b, right) in (((j, mine), (k, other)), ((k, other), (j, mine))):
+        if (a, b) not in result.sensitivities or left.input is None:
+            continue
+        S = result.sensitivities[a, b].reshape(r, *left.input_sizes, *right.output_sizes)
+        operands = [result.outputs[a].reshape(r, *left.output_sizes), S]
+        labels = [(_EXAMPLE, *left.output), (_EXAMPLE, *left.input, *right.output)]
+        if right.input is not None:
+            operands.append(result.inputs[b].reshape(r, *right.input_sizes))
+            labels.append((_EXAMPLE, *right.input))
+        yield PairTerm(tuple(operands), tuple(labels), left.weight, right.weight, (a, b), True)
+
+
+def _relabelled(use: Use, offset: int) -> Use:
+    def shift(labels: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(label + offset for label in labels)
+
+    return dataclasses.replace(
+        use,
+        weight=shift(use.weight),
+        output=shift(use.output),
+        input=None if use.input is None else shift(use.input),
+        positions=shift(use.positions),
+    )
+
+
+def _pullback(
+    plan: Plan,
+    result: BatchResult,
+    environment: dict[int, Array],
+    root: int,
+    involved: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    gradients: dict[int, Array],
+) -> Pullback:
+    variables = list(dict.fromkeys(plan.leaves[n].variable for n in involved))
+    place = {n: variables.index(plan.leaves[n].variable) for n in involved}
+    avals = plan.graph.avals
+    uses = _number_uses(plan, {n: View.of(plan.leaves[n].variable, avals[plan.leaves[n].variable].shape) for n in involved})
+    terms = [
+        dataclasses.replace(
+            term,
+            operands=(term.operands[0] / result.examples, *term.operands[1:]),
+            pair=(place[term.pair[0]], place[term.pair[1]]),
+        )
+        for j, k in pairs
+        for term in _pair_terms(result, uses, j, k)
+    ]
+    weights = [gradients[v] if v in gradients else jnp.zeros(avals[v].shape, avals[v].dtype) for v in variables]
+    read = {i for operation in plan.before for i in operation.inputs}
+    others = {i: environment[i] for i in {*plan.parameters, *read.intersection(plan.graph.constants)} - {root}}
+    return Pullback(terms, environment[root], others, weights, _weights(plan.before, root, tuple(variables)))
+
+
+def _weights(
+    operations: tuple[Operation, ...], root: int, variables: tuple[int, ...]
+) -> Callable[[Array, dict[int, Array]], tuple[Array, ...]]:
+    def weights(point: Array, others: dict[int, Array]) -> tuple[Array, ...]:
+        environment = {**others, root: point}
+        evaluate(operations, environment)
+        return tuple(environment[v] for v in variables)
+
+    return weights

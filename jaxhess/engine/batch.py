@@ -1,0 +1,117 @@
+"""The sweep over every example of a batch, in chunks that bound the memory.
+
+What belongs to structured uses is kept for each example (`KroneckerProductSum` and its kin are made of it); everything
+else is averaged on the way.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess._typing import Array
+from jaxhess.engine import kinds
+from jaxhess.engine.kinds import Dense, Diagonal, Kind
+from jaxhess.engine.plan import Plan
+from jaxhess.engine.sweep import evaluate, sweep
+
+__all__ = ["BatchResult", "sweep_batch"]
+
+
+@dataclasses.dataclass
+class BatchResult:
+    """By the leaves' numbers. `outputs[j]` (r, *y.shape) holds g_j and `inputs[j]` (r, *z.shape) holds z_j of structured
+    uses; `curvatures[j, k]` (r, size y_j, size y_k) holds Q_jk where one of the two is structured; `sensitivities[j, k]`
+    (r, size z_j, size y_k). `gradients[j]` and `means[j, k]` are the averages for the other leaves."""
+
+    value: Array
+    examples: int
+    gradients: dict[int, Array]
+    means: dict[tuple[int, int], Kind]
+    outputs: dict[int, Array]
+    inputs: dict[int, Array]
+    curvatures: dict[tuple[int, int], Array]
+    sensitivities: dict[tuple[int, int], Array]
+
+
+def sweep_batch(
+    plan: Plan,
+    environment: dict[int, Array],
+    batch: Sequence[Array],
+    examples: int,
+    batch_size: int | None,
+    relevant: Callable[[int, int], bool],
+    *,
+    second_order: bool,
+) -> BatchResult:
+    """Sweep over all examples. `environment` holds the frontier's values, `batch` the arrays (r, ...) in graph order."""
+    size = examples if batch_size is None else min(batch_size, examples)
+    shared = {f: environment[f] for f in plan.frontier}
+
+    def one(shared: dict[int, Array], example: Sequence[Array]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return _one_example(plan, shared, example, relevant, second_order, size)
+
+    def chunk(part: Sequence[Array], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        summed, kept = jax.vmap(one, in_axes=(None, 0), axis_size=count)(shared, part)
+        return jax.tree.map(lambda a: jnp.sum(a, axis=0), summed), kept
+
+    whole, rest = divmod(examples, size)
+    if whole == 1:
+        summed, kept = chunk([a[:size] for a in batch], size)
+    else:
+        parts = [a[: whole * size].reshape(whole, size, *a.shape[1:]) for a in batch]
+        zero = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: chunk([p[0] for p in parts], size)[0])
+        )
+
+        def step(total: dict[str, Any], part: Sequence[Array]) -> tuple[dict[str, Any], dict[str, Any]]:
+            summed, kept = chunk(part, size)
+            return jax.tree.map(jnp.add, total, summed), kept
+
+        summed, kept = jax.lax.scan(step, zero, parts)
+        kept = jax.tree.map(lambda a: a.reshape(whole * size, *a.shape[2:]), kept)
+    if rest:
+        more, tail = chunk([a[whole * size :] for a in batch], rest)
+        summed = jax.tree.map(jnp.add, summed, more)
+        kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, tail)
+    return BatchResult(examples=examples, **jax.tree.map(lambda a: a / examples, summed), **kept)
+
+
+def _one_example(
+    plan: Plan,
+    shared: dict[int, Array],
+    example: Sequence[Array],
+    relevant: Callable[[int, int], bool],
+    second_order: bool,
+    copies: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    environment = {**plan.graph.constants, **shared}
+    environment |= dict(zip(plan.graph.inputs[len(plan.parameters) :], example, strict=True))
+    evaluate(plan.during, environment)
+    value = environment[plan.graph.output]
+    seed = {plan.graph.output: jnp.ones((), value.dtype)} if plan.graph.output in plan.live else {}
+    result = sweep(
+        plan.graph, plan.steps, plan.leaves, environment, seed, {}, relevant, second_order=second_order, copies=copies
+    )
+    poison = jnp.where(jnp.isnan(value), jnp.nan, 0).astype(value.dtype)
+    structured = {n for n, leaf in enumerate(plan.leaves) if leaf.structured}
+    summed: dict[str, Any] = {"value": value, "gradients": {}, "means": {}}
+    kept: dict[str, Any] = {"outputs": {}, "inputs": {}, "curvatures": {}, "sensitivities": result.sensitivities}
+    for j, g in result.gradients.items():
+        if j in structured:
+            leaf = plan.leaves[j]
+            (operation,) = plan.steps[leaf.step].operations
+            kept["outputs"][j] = g + poison
+            kept["inputs"][j] = environment[operation.inputs[1 - (leaf.operand or 0)]]
+        else:
+            summed["gradients"][j] = g + poison
+    for (j, k), kind in result.curvatures.items():
+        if structured.intersection((j, k)):
+            kept["curvatures"][j, k] = kinds.as_dense(kind) + poison
+        elif isinstance(kind, Diagonal):
+            summed["means"][j, k] = Diagonal(kind.values + poison)
+        else:
+            summed["means"][j, k] = Dense(kind.matrix + poison)
+    return summed, kept

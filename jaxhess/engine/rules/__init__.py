@@ -1,0 +1,1 @@
+"""How curvature passes one operation, a file for each kind of operation."""

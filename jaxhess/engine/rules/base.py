@@ -1,0 +1,81 @@
+"""How curvature passes one operation `u = h(a, b, ..)` (math.md, section 6).
+
+    g[a]    += J_a^T g[u]
+    C[w, a] += C[w, u] J_a                                          for every other live variable w
+    C[a, b] += J_a^T C[u, u] J_b + sum_i g[u]_i d2h_i / da db
+
+A rule holds the operation at the values of one example, as a function of its live inputs alone. The rule here pulls back
+by the operation's own vector-Jacobian product; each kind of operation refines what it knows better.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess._typing import Array, Shaped
+from jaxhess.engine.kinds import Dense, Diagonal, Kind, transpose
+
+__all__ = ["Pairs", "Rule"]
+
+Pairs = dict[tuple[int, int], Kind]
+
+
+class Rule:
+    """The first order of an operation, and no second order: a linear operation."""
+
+    def __init__(
+        self,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        function: Callable[..., Sequence[Array]],
+        values: Sequence[Array],
+    ) -> None:
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.function, self.values = function, tuple(values)
+        self.results, self._vjp = jax.vjp(lambda *x: tuple(function(*x)), *self.values)
+
+    def pull(self, u: int, rows: Shaped[Array, "k *u"]) -> dict[int, Array]:
+        """`J_a^T` applied to each row, for every live input a: (k, *a.shape)."""
+        k = rows.shape[0]
+        cotangents = tuple(
+            rows if output == u else jnp.zeros((k, *result.shape), result.dtype)
+            for output, result in zip(self.outputs, self.results, strict=True)
+        )
+        return dict(zip(self.inputs, jax.vmap(self._vjp)(cotangents), strict=True))
+
+    def gradient(self, g: dict[int, Array]) -> dict[int, Array]:
+        """`sum_u J_a^T g[u]` for every live input a."""
+        cotangents = tuple(
+            g.get(output, jnp.zeros(result.shape, result.dtype))
+            for output, result in zip(self.outputs, self.results, strict=True)
+        )
+        return dict(zip(self.inputs, self._vjp(cotangents), strict=True))
+
+    def through(self, kind: Kind, u: int) -> dict[int, Kind]:
+        """`C[w, u] J_a` for every live input a."""
+        shape = self.results[self.outputs.index(u)].shape
+        if isinstance(kind, Diagonal):
+            size = math.prod(shape)
+            eye = jnp.eye(size, dtype=kind.values.dtype).reshape(size, *shape)
+            jacobians = self.pull(u, eye)
+            return {a: Dense(kind.values[:, None] * j.reshape(size, -1)) for a, j in jacobians.items()}
+        rows = kind.matrix.reshape(-1, *shape)
+        return {a: Dense(pulled.reshape(rows.shape[0], -1)) for a, pulled in self.pull(u, rows).items()}
+
+    def between(self, kind: Kind, u: int, keep: Callable[[int, int], bool]) -> Pairs:
+        """`J_a^T C[u, u] J_b` for the pairs a <= b of live inputs that `keep` asks for."""
+        halves = self.through(kind, u)
+        pairs: Pairs = {}
+        for a, half in halves.items():
+            wanted = [b for b in halves if a <= b and keep(a, b)]
+            if wanted:
+                whole = self.through(transpose(half), u)
+                pairs |= {(a, b): whole[b] for b in wanted}
+        return pairs
+
+    def second(self, g: dict[int, Array], keep: Callable[[int, int], bool]) -> Pairs:
+        """`sum_i g[u]_i d2h_i / da db` for the pairs a <= b that `keep` asks for; nothing for a linear operation."""
+        del g, keep
+        return {}

@@ -1,0 +1,158 @@
+"""A function of one example, as a flat graph of operations.
+
+Call-like operations (`jit`, `remat`, jaxhess's own layers) are looked into. `custom_jvp` and `custom_vjp` functions stay
+one operation, because the derivative that their author gave is the one to use.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from jaxhess import activations
+from jaxhess._typing import Array, InputError, PyTree
+
+__all__ = ["Graph", "Operation", "body_of", "trace"]
+
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "xla_call"}
+_CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_OWN_LAYERS = "jaxhess_"
+_ACCURATE = {"tanh": activations.tanh, "logistic": activations.sigmoid}
+_LIBRARY_FOLDERS = (os.path.dirname(jax.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """One operation: variables are numbered, `apply` maps the inputs' values to the list of outputs' values."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    apply: Callable[..., Sequence[Array]]
+    params: dict[str, Any]
+    equation: JaxprEqn | None = None
+
+    @property
+    def where(self) -> str:
+        """File and line of the user's code, as far as JAX kept it."""
+        traceback = self.equation.source_info.traceback if self.equation is not None else None
+        for frame in traceback.frames if traceback is not None else ():
+            if not frame.file_name.startswith(_LIBRARY_FOLDERS):
+                return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+        return "an unknown place"
+
+
+@dataclasses.dataclass
+class Graph:
+    """Operations in order of evaluation; `avals` and `constants` by the variables' numbers."""
+
+    operations: list[Operation]
+    inputs: list[int]
+    output: int
+    avals: dict[int, jax.ShapeDtypeStruct]
+    constants: dict[int, Array]
+
+
+def body_of(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """The function that a call-like operation calls."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        body = equation.params.get(key)
+        if isinstance(body, Jaxpr):
+            return ClosedJaxpr(body, ())
+        if body is not None:
+            return body
+    return None
+
+
+def _is_own_layer(body: ClosedJaxpr) -> bool:
+    """Whether a custom derivative is that of a layer of jaxhess, whose inside has the same derivatives."""
+    equations = body.jaxpr.eqns
+    return len(equations) == 1 and str(equations[0].params.get("name", "")).startswith(_OWN_LAYERS)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self.avals: dict[int, jax.ShapeDtypeStruct] = {}
+        self.constants: dict[int, Array] = {}
+
+    def variable(self, aval: Any) -> int:
+        number = len(self.avals)
+        self.avals[number] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        return number
+
+    def constant(self, value: Any) -> int:
+        number = self.variable(value)
+        self.constants[number] = value
+        return number
+
+    def inline(self, closed: ClosedJaxpr, inputs: Sequence[int]) -> list[int]:
+        environment = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+        environment |= {v: self.constant(c) for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
+
+        def read(atom: Any) -> int:
+            if isinstance(atom, Literal):
+                aval: Any = atom.aval
+                return self.constant(np.asarray(atom.val, aval.dtype))
+            return environment[atom]
+
+        for equation in closed.jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            name, body = equation.primitive.name, body_of(equation)
+            if body is not None and (name in _CALLS or (name in _CUSTOM and _is_own_layer(body))):
+                results = self.inline(body, operands)
+            else:
+                results = [self.variable(v.aval) for v in equation.outvars]
+                self.operations.append(_operation(equation, operands, results))
+            environment |= dict(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _operation(equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int]) -> Operation:
+    primitive, name = equation.primitive, equation.primitive.name
+
+    def apply(*values: Array) -> Sequence[Array]:
+        bound = primitive.get_bind_params(equation.params)
+        # Releases of JAX differ: functions to bind come beside the parameters, or among them.
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)
+        result = primitive.bind(*functions, *values, **params)
+        return result if primitive.multiple_results else [result]
+
+    if name in _ACCURATE:
+        accurate = _ACCURATE[name]
+        return Operation(name, tuple(inputs), tuple(outputs), lambda y: [accurate(y)], {}, equation)
+    return Operation(name, tuple(inputs), tuple(outputs), apply, equation.params, equation)
+
+
+def trace(fun: Callable[..., Array], params: PyTree, example: tuple[PyTree, ...]) -> Graph:
+    """The graph of `fun(params, *example)`, with the leaves of `params` and then of `example` as inputs.
+
+    Raises:
+        InputError: if the result is not one real floating-point scalar.
+    """
+    with jax.default_matmul_precision("highest"):
+        closed, shape = jax.make_jaxpr(fun, return_shape=True)(params, *example)
+    results = jax.tree.leaves(shape)
+    name = getattr(fun, "__name__", repr(fun))
+    if len(results) != 1 or results[0].shape != ():
+        found = ", ".join(f"{s.dtype}{list(s.shape)}" for s in results) or "nothing"
+        raise InputError(
+            f"{name} must return the error of ONE example, a scalar, but returned {found}. "
+            "Sum over the outputs; the mean over the batch is taken by jaxhess."
+        )
+    if not jnp.issubdtype(results[0].dtype, jnp.floating):
+        raise InputError(f"{name} must return a real floating-point scalar, but returned {results[0].dtype}.")
+    builder = _Builder()
+    inputs = [builder.variable(v.aval) for v in closed.jaxpr.invars]
+    (output,) = builder.inline(closed, inputs)
+    operations, needed = [], {output}
+    for operation in reversed(builder.operations):
+        if needed.intersection(operation.outputs):
+            needed.update(operation.inputs)
+            operations.append(operation)
+    return Graph(operations[::-1], inputs, output, builder.avals, builder.constants)

@@ -1,0 +1,29 @@
+"""What a Hessian is: structured linear operators on the arrays of one parameter, or on a tree of them."""
+
+from jaxhess.operators.base import CurvatureOperator, OperatorSum, StructuredOperator
+from jaxhess.operators.block import BlockDiagonal
+from jaxhess.operators.contraction import ContractionOperator
+from jaxhess.operators.dense import Dense, Diagonal
+from jaxhess.operators.kronecker import KroneckerProduct, KroneckerProductSum
+from jaxhess.operators.layout import Layout
+from jaxhess.operators.low_rank import LowRank
+from jaxhess.operators.mapped import Inertia, mapped_diagonal, mapped_frobenius_norm, mapped_matrix, mapped_trace
+
+__all__ = [
+    "BlockDiagonal",
+    "ContractionOperator",
+    "CurvatureOperator",
+    "Dense",
+    "Diagonal",
+    "Inertia",
+    "KroneckerProduct",
+    "KroneckerProductSum",
+    "Layout",
+    "LowRank",
+    "OperatorSum",
+    "StructuredOperator",
+    "mapped_diagonal",
+    "mapped_frobenius_norm",
+    "mapped_matrix",
+    "mapped_trace",
+]

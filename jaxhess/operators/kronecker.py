@@ -1,0 +1,269 @@
+"""Kronecker products of small matrices: one, and the mean of a batch of them.
+
+With the row-major vec, `vec(X) = X.reshape(-1)`, and X of W's shape (m, n):
+
+    kron(A, B) vec(X) = vec(A X B^T)                                                (45)
+
+The Hessian of a batch with respect to the weight of `y_i = W z_i`, `Q_i = d2E_i/dy_i2` (section 3 of the mathematics):
+
+    H = (1/r) sum_i kron(Q_i, z_i z_i^T)            Q (r, m, m), Z (r, n)
+    mv(X) = (1/r) sum_i (Q_i X z_i) z_i^T           diagonal = (1/r) sum_i diag(Q_i) (z_i * z_i)^T
+    trace = (1/r) sum_i tr(Q_i) ||z_i||^2           ||H||_F^2 = (1/r^2) sum_ij <Q_i, Q_j> (z_i . z_j)^2
+
+With the thin QR factorisation `Z^T = P R`, `H = (I ⊗ P) M (I ⊗ P)^T` with `M = (1/r) sum_i kron(Q_i, R_i R_i^T)`, R_i
+the column i of R: the eigenvalues of H are those of M, and zeros. For r = 1 they are
+
+    ||z||^2 λ_i(Q), i = 1..m,  and 0, m(n-1) times                                  (46)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+
+from jaxhess._linalg import PRECISION, einsum, matmul
+from jaxhess._typing import Array, Float, InputError
+from jaxhess.operators.base import CurvatureOperator
+from jaxhess.operators.layout import Layout
+from jaxhess.operators.mapped import count_signs, require_symmetric
+from jaxhess.operators.support import (
+    as_real_arrays,
+    as_scalar,
+    as_tags,
+    check_operator_fits,
+    check_vector,
+    describe,
+    scaled_tags,
+    shape_text,
+    transposed_tags,
+)
+
+
+class KroneckerProduct(CurvatureOperator):
+    """kron(A, B) with A (m, m) and B (n, n): X of W's shape goes to A X B^T, equation (45).
+
+    `layout` says how the parameter is read as W, by default as (m, n). Symmetric only if its `tags` say so, which then
+    vouches for A and B each. Raises `InputError` for factors that are not square or do not fit the layout.
+
+    >>> import jax.numpy as jnp
+    >>> H = KroneckerProduct(jnp.array([[2.0]]), jnp.array([[1.0, 0.0], [0.0, 3.0]]))
+    >>> H.mv(jnp.array([[1.0, 1.0]])).tolist()
+    [[2.0, 6.0]]
+    """
+
+    A: Float[Array, "m m"]
+    B: Float[Array, "n n"]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    def __init__(self, A: Array, B: Array, layout: Layout | None = None, tags: Any = ()):
+        A, B = as_real_arrays("KroneckerProduct", ["A", "B"], [A, B])
+        for name, factor in (("A", A), ("B", B)):
+            if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+                raise InputError(f"KroneckerProduct: {name} must be a square matrix, got shape {factor.shape}")
+        self.A, self.B = A, B
+        self.layout = _checked_layout("KroneckerProduct", layout, A.shape[0], B.shape[0])
+        self.tags = as_tags(tags)
+
+    def in_structure(self):
+        return jax.ShapeDtypeStruct(self.layout.shape, self.A.dtype)
+
+    def mv(self, vector):
+        check_vector("KroneckerProduct", vector, self.layout.shape)
+        X = self.layout.to_matrix(vector)
+        return self.layout.from_matrix(matmul(matmul(self.A, X), self.B.T))
+
+    def as_matrix(self):
+        check_operator_fits(self)
+        return self.layout.reorder(jnp.kron(self.A, self.B))
+
+    def transpose(self):
+        if lx.is_symmetric(self):
+            return self
+        return KroneckerProduct(self.A.T, self.B.T, self.layout, transposed_tags(self.tags))
+
+    def diagonal(self):
+        return self.layout.from_matrix(jnp.outer(jnp.diagonal(self.A), jnp.diagonal(self.B)))
+
+    def trace(self):
+        return jnp.trace(self.A) * jnp.trace(self.B)
+
+    def frobenius_norm(self):
+        return jnp.linalg.norm(self.A) * jnp.linalg.norm(self.B)
+
+    def scaled(self, factor):
+        A = self.A * as_scalar("KroneckerProduct", factor, self.A.dtype)
+        return KroneckerProduct(A, self.B, self.layout, scaled_tags(self.tags, factor))
+
+    def eigvalsh(self):
+        require_symmetric(self, "eigvalsh")
+        return jnp.sort(jnp.outer(jnp.linalg.eigvalsh(self.A), jnp.linalg.eigvalsh(self.B)).reshape(-1))
+
+    def inertia(self, tolerance=None):
+        return count_signs(self.eigvalsh(), self.in_size(), tolerance)
+
+    def __repr__(self):
+        return describe(self, f"A {shape_text(self.A)}", f"B {shape_text(self.B)}")
+
+
+class KroneckerProductSum(CurvatureOperator):
+    """H = (1/r) sum_i kron(Q_i, z_i z_i^T): the exact Hessian of a batch's mean error with respect to a weight.
+
+    `Q` (r, m, m), each Q_i symmetric (trusted), and `Z` (r, n), r >= 1; `layout` says how the parameter is read as W
+    (m, n). The (mn, mn) array is formed by `as_matrix` only. Tag it positive semidefinite where every Q_i is. Raises
+    `InputError` for other shapes. Source: Naumov (2017), Theorem 1; a batch as in section 3 of the mathematics.
+
+    >>> import jax.numpy as jnp
+    >>> H = KroneckerProductSum(Q=jnp.array([[[2.0]], [[4.0]]]), Z=jnp.array([[1.0, 0.0], [1.0, 1.0]]))
+    >>> H.as_matrix().tolist()
+    [[3.0, 2.0], [2.0, 2.0]]
+    >>> H.mv(jnp.array([[1.0, -1.0]])).tolist()
+    [[1.0, 0.0]]
+    >>> [int(count) for count in H.inertia()]
+    [2, 0, 0]
+    """
+
+    Q: Float[Array, "r m m"]
+    Z: Float[Array, "r n"]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    def __init__(self, Q: Array, Z: Array, layout: Layout | None = None, tags: Any = ()):
+        Q, Z = as_real_arrays("KroneckerProductSum", ["Q", "Z"], [Q, Z])
+        if Q.ndim != 3 or Z.ndim != 2 or Q.shape[1] != Q.shape[2] or Q.shape[0] != Z.shape[0] or Z.shape[0] == 0:
+            raise InputError(
+                f"KroneckerProductSum: needs Q (r, m, m) and Z (r, n) with r >= 1, got {Q.shape} and {Z.shape}"
+            )
+        self.Q, self.Z = Q, Z
+        self.layout = _checked_layout("KroneckerProductSum", layout, Q.shape[1], Z.shape[1])
+        self.tags = as_tags(tags) | {lx.symmetric_tag}
+
+    def in_structure(self):
+        return jax.ShapeDtypeStruct(self.layout.shape, self.Q.dtype)
+
+    def mv(self, vector):
+        check_vector("KroneckerProductSum", vector, self.layout.shape)
+        return self.layout.from_matrix(_product(self.Q, self.Z, self.layout.to_matrix(vector)))
+
+    def as_matrix(self):
+        check_operator_fits(self)
+        return self.layout.reorder(_dense(self.Q, self.Z))
+
+    def transpose(self):
+        return self
+
+    def diagonal(self):
+        return self.layout.from_matrix(einsum("rii,rn->in", self.Q, self.Z**2) / self.Q.shape[0])
+
+    def trace(self):
+        traces = jnp.trace(self.Q, axis1=1, axis2=2)
+        return jnp.sum(traces * jnp.sum(self.Z**2, axis=1)) / self.Q.shape[0]
+
+    def frobenius_norm(self):
+        return _frobenius_norm(self.Q, self.Z)
+
+    def scaled(self, factor):
+        Q = self.Q * as_scalar("KroneckerProductSum", factor, self.Q.dtype)
+        return KroneckerProductSum(Q, self.Z, self.layout, scaled_tags(self.tags, factor))
+
+    def eigvalsh(self):
+        eigenvalues = self._reduced_eigenvalues()
+        zeros = jnp.zeros(self.in_size() - eigenvalues.size, eigenvalues.dtype)
+        return jnp.sort(jnp.concatenate([eigenvalues, zeros]))
+
+    def inertia(self, tolerance=None):
+        return count_signs(self._reduced_eigenvalues(), self.in_size(), tolerance)
+
+    def _reduced_eigenvalues(self) -> Float[Array, "k"]:
+        """The eigenvalues but for those m(n - min(n, r)) that are zero whatever the numbers."""
+        r, n = self.Z.shape
+        if r == 1:  # (46)
+            return jnp.sum(self.Z**2) * jnp.linalg.eigvalsh(self.Q[0])
+        if r >= n:
+            check_operator_fits(self)
+            return jnp.linalg.eigvalsh(_dense(self.Q, self.Z))
+        # No rank is detected: where Z has dependent rows, M just has the zeros that H has.
+        R = jnp.linalg.qr(self.Z.T, mode="r")
+        reduced = KroneckerProductSum(self.Q, R.T)
+        return jnp.linalg.eigvalsh(reduced.as_matrix())
+
+    def __repr__(self):
+        r = shape_text(self.Z).strip("()").split(",")[0]
+        return describe(self, f"r={r}", f"Q {shape_text(self.Q)}", f"Z {shape_text(self.Z)}")
+
+
+def _checked_layout(what: str, layout: Layout | None, m: int, n: int) -> Layout:
+    if layout is None:
+        return Layout.of_matrix(m, n)
+    if (layout.m, layout.n) != (m, n):
+        raise InputError(
+            f"{what}: the factors belong to a {m} x {n} matrix, the layout describes {layout.m} x {layout.n}"
+        )
+    return layout
+
+
+def _product(Q: Array, Z: Array, X: Array) -> Array:
+    # Written axis by axis so that `vmap` over X widens the same three products, (m, n) x (n, r), r times 1 x m x m and
+    # (m, r) x (r, n), and transposes nothing of Q's size: Q_i is contracted over its first axis, being symmetric.
+    Y = jax.lax.dot_general(X, Z, (((1,), (1,)), ((), ())), precision=PRECISION)
+    V = jax.lax.dot_general(Y, Q, (((0,), (1,)), ((1,), (0,))), precision=PRECISION)
+    return jax.lax.dot_general(V, Z, (((0,), (0,)), ((), ())), precision=PRECISION) / Q.shape[0]
+
+
+@jax.jit
+def _dense(Q: Array, Z: Array) -> Array:
+    # H[i,q,p,s] = (1/r) sum_r Q[r,i,p] Z[r,q] Z[r,s], one i at a time, in its final order: there is no second
+    # array of its size.
+    (r, m, _), n = Q.shape, Z.shape[1]
+    row = _row_by_symmetry(Q, Z) if m >= 4 and r <= 2 * m * m else _row_by_chunks(Q, Z)
+    return jax.lax.map(row, jnp.arange(m)).reshape(m * n, m * n)
+
+
+def _row_by_symmetry(Q: Array, Z: Array) -> Callable[[Array], Array]:
+    # H[i,q,p,s] is the same with q and s exchanged: half of the products z z^T do. They have r n^2 / 2 entries, which
+    # is less than the result has while r < 2 m^2.
+    r, n = Z.shape
+    half_q, half_s = np.triu_indices(n)
+    ZZ = Z[:, half_q] * Z[:, half_s]
+    position = np.zeros((n, n), int)
+    position[half_q, half_s] = position[half_s, half_q] = np.arange(half_q.size)
+
+    def row(i):
+        half = matmul(jax.lax.dynamic_index_in_dim(Q, i, 1, keepdims=False).T, ZZ)
+        return jnp.transpose(half[:, position], (1, 0, 2)) / r
+
+    return row
+
+
+def _row_by_chunks(Q: Array, Z: Array) -> Callable[[Array], Array]:
+    # Z^T (Q[:, i] Z) with the products of Q and Z in the bracket formed for some examples at a time.
+    (r, m, _), n = Q.shape, Z.shape[1]
+    chunk = min(r, max(m * n, 256))
+    padding = -r % chunk
+    Q_chunks = jnp.pad(Q, ((0, padding), (0, 0), (0, 0))).reshape(-1, chunk, m, m)
+    Z_chunks = jnp.pad(Z, ((0, padding), (0, 0))).reshape(-1, chunk, n)
+
+    def row(i):
+        def add(total, operands):
+            Q_c, Z_c = operands
+            QZ = jax.lax.dynamic_index_in_dim(Q_c, i, 1, keepdims=False)[:, :, None] * Z_c[:, None, :]
+            return total + matmul(Z_c.T, QZ.reshape(chunk, m * n)), None
+
+        total, _ = jax.lax.scan(add, jnp.zeros((n, m * n), Q.dtype), (Q_chunks, Z_chunks))
+        return total.reshape(n, m, n) / r
+
+    return row
+
+
+@jax.jit
+def _frobenius_norm(Q: Array, Z: Array) -> Array:
+    r, m, _ = Q.shape
+
+    def terms(pair):
+        Q_i, z_i = pair
+        return jnp.sum(einsum("rpq,pq->r", Q, Q_i) * matmul(Z, z_i) ** 2)
+
+    squared = jnp.sum(jax.lax.map(terms, (Q, Z), batch_size=max(1, min(r, m * m))))
+    return jnp.sqrt(jnp.maximum(squared, 0)) / r
