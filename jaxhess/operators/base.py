@@ -214,9 +214,7 @@ def _register_with_lineax() -> None:
 
     def told_by(*tags: object, scalars: bool = False):
         wanted = frozenset(tags)
-        return lambda operator: (
-            bool(operator.tags & wanted) or (scalars and operator.in_size() == operator.out_size() == 1)
-        )
+        return lambda operator: bool(operator.tags & wanted) or (scalars and operator.in_size() == operator.out_size() == 1)
 
     def flat_diagonal(operator):
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(operator.diagonal())])

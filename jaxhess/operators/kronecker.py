@@ -133,9 +133,7 @@ class KroneckerProductSum(CurvatureOperator):
     def __init__(self, Q: Array, Z: Array, layout: Layout | None = None, tags: Any = ()):
         Q, Z = as_real_arrays("KroneckerProductSum", ["Q", "Z"], [Q, Z])
         if Q.ndim != 3 or Z.ndim != 2 or Q.shape[1] != Q.shape[2] or Q.shape[0] != Z.shape[0] or Z.shape[0] == 0:
-            raise InputError(
-                f"KroneckerProductSum: needs Q (r, m, m) and Z (r, n) with r >= 1, got {Q.shape} and {Z.shape}"
-            )
+            raise InputError(f"KroneckerProductSum: needs Q (r, m, m) and Z (r, n) with r >= 1, got {Q.shape} and {Z.shape}")
         self.Q, self.Z = Q, Z
         self.layout = _checked_layout("KroneckerProductSum", layout, Q.shape[1], Z.shape[1])
         self.tags = as_tags(tags) | {lx.symmetric_tag}
@@ -155,10 +153,11 @@ class KroneckerProductSum(CurvatureOperator):
         return self
 
     def diagonal(self):
-        return self.layout.from_matrix(einsum("rii,rn->in", self.Q, self.Z**2) / self.Q.shape[0])
+        diagonals = jnp.diagonal(self.Q, axis1=1, axis2=2)
+        return self.layout.from_matrix(matmul(diagonals.T, self.Z**2) / self.Q.shape[0])
 
     def trace(self):
-        traces = jnp.trace(self.Q, axis1=1, axis2=2)
+        traces = jnp.sum(jnp.diagonal(self.Q, axis1=1, axis2=2), axis=1)
         return jnp.sum(traces * jnp.sum(self.Z**2, axis=1)) / self.Q.shape[0]
 
     def frobenius_norm(self):
@@ -198,9 +197,7 @@ def _checked_layout(what: str, layout: Layout | None, m: int, n: int) -> Layout:
     if layout is None:
         return Layout.of_matrix(m, n)
     if (layout.m, layout.n) != (m, n):
-        raise InputError(
-            f"{what}: the factors belong to a {m} x {n} matrix, the layout describes {layout.m} x {layout.n}"
-        )
+        raise InputError(f"{what}: the factors belong to a {m} x {n} matrix, the layout describes {layout.m} x {layout.n}")
     return layout
 
 

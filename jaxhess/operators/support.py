@@ -84,8 +84,7 @@ def check_same_structure(first: Any, second: Any) -> None:
         a, b = (_shapes(getattr(operator, side)()) for operator in (first, second))
         if a != b:
             raise InputError(
-                f"{type(first).__name__} + {type(second).__name__}: the operators act on different structures: "
-                f"{a} and {b}"
+                f"{type(first).__name__} + {type(second).__name__}: the operators act on different structures: {a} and {b}"
             )
 
 

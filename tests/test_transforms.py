@@ -1,0 +1,310 @@
+"""The transformations against autodiff: every block of every model, and what users of JAX expect of a transformation."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+from models import MODELS
+
+import jaxhess
+from jaxhess.operators import Diagonal, KroneckerProductSum, LowRank
+
+TOLERANCE = 1e-10
+
+
+def mean_error(error, batch):
+    if not batch:
+        return error
+    return lambda params: jnp.mean(jax.vmap(lambda example: error(params, *example))(batch))
+
+
+def assert_close(found, expected, tolerance=TOLERANCE):
+    scale = max(1.0, float(np.max(np.abs(expected), initial=0)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def readings(error, params, batch, **options):
+    """Everything that is compared, in one compiled program."""
+
+    @jax.jit
+    def read(params, batch):
+        value, gradient, H = jaxhess.value_grad_and_hessian(error, **options)(params, *batch)
+        vector = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+        matrices = [block.as_matrix() for _, block in H.items()]
+        factors = jaxhess.factored_gradient(error, **options)(params, *batch)
+        dense = jax.tree.map(
+            lambda g: g.as_matrix() if isinstance(g, LowRank) else g, factors, is_leaf=lambda g: isinstance(g, LowRank)
+        )
+        return value, gradient, dense, matrices, H.diagonal(), H.trace(), vector, H.mv(vector), H.frobenius_norm()
+
+    return read(params, batch)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_block_equals_autodiff(name, batch_size):
+    error, params, batch = MODELS[name]()
+    value, gradient, factored, matrices, diagonal, trace, vector, product, norm = readings(
+        error, params, batch, batch_size=batch_size
+    )
+    flat, unravel = ravel_pytree(params)
+    mean = jax.jit(mean_error(error, batch))
+    expected_value, expected_gradient = jax.value_and_grad(mean)(params)
+    expected = np.asarray(jax.jit(jax.hessian(lambda flat: mean(unravel(flat))))(flat))
+    assert_close(value, expected_value)
+    jax.tree.map(assert_close, gradient, expected_gradient)
+    jax.tree.map(assert_close, factored, expected_gradient)
+    offset, blocks = 0, np.zeros_like(expected)
+    for leaf, matrix in zip(jax.tree.leaves(params), matrices, strict=True):
+        own = slice(offset, offset + leaf.size)
+        assert_close(matrix, expected[own, own])
+        blocks[own, own] = expected[own, own]
+        offset += leaf.size
+    assert_close(ravel_pytree(diagonal)[0], np.diag(blocks))
+    assert_close(trace, np.trace(blocks))
+    assert_close(ravel_pytree(product)[0], blocks @ ravel_pytree(vector)[0])
+    assert_close(norm, np.linalg.norm(blocks))
+
+
+ACTIVATIONS = ("identity", "tanh", "sigmoid", "softplus", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "sin")
+FOREIGN = (jnp.tanh, jax.nn.mish, jax.nn.softmax, lambda y: y * jnp.exp(-(y**2)), jnp.arctan, jax.nn.celu)
+LOSSES = ("squared_error", "softmax_cross_entropy", "sigmoid_cross_entropy", "poisson", "gaussian", "huber")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    outputs=st.integers(1, 3),
+    examples=st.integers(1, 6),
+    activation=st.one_of(st.sampled_from(ACTIVATIONS), st.sampled_from(FOREIGN)),
+    loss=st.sampled_from(LOSSES),
+    own_layers=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_random_perceptrons_equal_autodiff(widths, outputs, examples, activation, loss, own_layers, seed):
+    f = getattr(jaxhess.activations, activation) if isinstance(activation, str) else activation
+    loss_of = getattr(jaxhess.losses, loss)
+    sizes = [*widths, 2 * outputs]
+    rng = np.random.default_rng(seed)
+    params = [
+        {"w": jnp.asarray(rng.normal(size=(m, n)) / np.sqrt(n)), "b": jnp.asarray(rng.normal(size=m))}
+        for n, m in zip(sizes, sizes[1:], strict=False)
+    ]
+    x, t = (jnp.asarray(rng.normal(size=(examples, n))) for n in (sizes[0], sizes[-1]))
+    if loss in ("softmax_cross_entropy", "sigmoid_cross_entropy"):
+        t = jax.nn.softmax(t)
+    if loss == "gaussian":
+        t = t[:, :outputs]
+
+    def error(params, x, t):
+        for layer in params[:-1]:
+            x = jaxhess.dense(layer["w"], layer["b"], x, f) if own_layers else f(layer["w"] @ x + layer["b"])
+        z = params[-1]["w"] @ x + params[-1]["b"]
+        return loss_of(z.reshape(2, outputs) if loss == "gaussian" else z, t)
+
+    report = jaxhess.test_util.check_hessian(error, params, x, t)
+    assert report.passed
+    assert jaxhess.test_util.check_gradient(error, params, x, t).passed
+    H = jaxhess.hessian(error)(params, x, t)
+    assert all(isinstance(H[k]["w"], KroneckerProductSum) for k in range(len(params)))
+
+
+def test_structure_follows_the_layout():
+    error, params, batch = MODELS["input_major_and_scaled"]()
+    H = jaxhess.hessian(error)(params, *batch)
+    assert isinstance(H["w1"], KroneckerProductSum)
+    assert H["w1"].Q.shape == (4, 6, 6)
+    assert H["w1"].Z.shape == (4, 4)
+    assert H["w1"].in_structure().shape == (4, 6)
+    G = jaxhess.factored_gradient(error)(params, *batch)
+    assert isinstance(G["b1"], jax.Array)
+
+
+def test_unit_axes_keep_the_kronecker_structure():
+    def error(p, x, t):
+        return jnp.sum((jnp.tanh(x[None, :] @ p["w"]) @ p["v"][None, :, None] - t[:1]) ** 2)
+
+    params = {"w": jnp.ones((4, 5)), "v": jnp.ones(5)}
+    H = jaxhess.hessian(error)(params, jnp.ones((3, 4)), jnp.ones((3, 2)))
+    assert isinstance(H["w"], KroneckerProductSum)
+    assert jaxhess.test_util.check_hessian(error, params, jnp.ones((3, 4)), jnp.ones((3, 2))).passed
+
+
+def test_works_inside_jit_without_compiling_again():
+    error, params, batch = MODELS["perceptron"]()
+    traces = []
+
+    def counted(p, x, t):
+        traces.append(1)
+        return error(p, x, t)
+
+    hessian = jaxhess.hessian(counted)
+    hessian(params, *batch)
+    first = len(traces)
+    hessian(jax.tree.map(lambda p: p + 1, params), *batch)
+    jaxhess.hessian(counted)(params, *batch)
+    assert len(traces) == first
+    outer = jax.jit(chex.assert_max_traces(lambda p, x, t: jaxhess.hessian(error)(p, x, t).trace(), n=1))
+    for _ in range(2):
+        assert_close(outer(params, *batch), hessian(params, *batch).trace())
+
+
+def test_vmap_over_an_ensemble():
+    error, params, batch = MODELS["tied_weights"]()
+    ensemble = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
+    H = jax.vmap(lambda p: jaxhess.hessian(error)(p, *batch))(ensemble)
+    dense = jax.vmap(lambda H: H.as_matrix())(H)
+    for k, factor in enumerate((1, 2, -1)):
+        member = jax.tree.map(lambda p, factor=factor: factor * p, params)
+        assert_close(dense[k], jaxhess.hessian(error)(member, *batch).as_matrix())
+    repr(H)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "tied_weights", "gates_and_layer_norm", "derived_weights"])
+def test_derivatives_through_the_trace(name):
+    error, params, batch = MODELS[name]()
+    flat, unravel = ravel_pytree(params)
+    mean = mean_error(error, batch)
+    ours = jax.grad(lambda p: jaxhess.hessian(error)(p, *batch).trace())(params)
+    expected = jax.grad(lambda flat: jnp.trace(jax.hessian(lambda f: mean(unravel(f)))(flat)))(flat)
+    assert_close(ravel_pytree(ours)[0], expected, 1e-9)
+
+
+def test_narrow_parameters_are_computed_in_float32():
+    error, params, batch = MODELS["perceptron"]()
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (params, batch))
+    value, gradient, H = jaxhess.value_grad_and_hessian(error)(narrow[0], *narrow[1])
+    wide = jax.tree.map(lambda p: p.astype(jnp.float64), narrow)
+    exact = jaxhess.hessian(error)(wide[0], *wide[1])
+    assert value.dtype == jnp.float32
+    assert gradient["hidden"]["w"].dtype == jnp.bfloat16
+    assert H["hidden"]["w"].Q.dtype == jnp.float32
+    assert_close(H.as_matrix(), exact.as_matrix(), 1e-5)
+
+
+def test_float32_is_close_to_float64():
+    error, params, batch = MODELS["gates_and_layer_norm"]()
+    single = jax.tree.map(lambda p: p.astype(jnp.float32) if p.dtype == jnp.float64 else p, (params, batch))
+    assert_close(
+        jaxhess.hessian(error)(single[0], *single[1]).as_matrix(), jaxhess.hessian(error)(params, *batch).as_matrix(), 1e-5
+    )
+
+
+def test_products_ask_for_full_precision():
+    error, params, batch = MODELS["attention"]()
+    text = str(jax.make_jaxpr(lambda p: jaxhess.hessian(error)(p, *batch))(params))
+    assert text.count("dot_general") > 10
+    assert text.count("dot_general") == text.count("precision=(<Precision.HIGHEST: 2>, <Precision.HIGHEST: 2>)") or (
+        text.count("dot_general") == text.count("precision=HIGHEST")
+    )
+
+
+def test_saturated_units_keep_their_curvature():
+    """Where JAX's own second derivative of tanh is 0 and the true one is not."""
+
+    def error(w, x):
+        return jnp.sum(jnp.tanh(w @ x))
+
+    H = jaxhess.hessian(error)(jnp.full((1, 1), 25.0), jnp.ones((1, 1)))
+    a = np.exp(-50.0)
+    assert_close(H.as_matrix()[0, 0] / (-8 * a), 1.0)
+
+
+def test_unused_parameters_have_zero_blocks():
+    error, params, batch = MODELS["unused_and_constant"]()
+    H = jaxhess.hessian(error)(params, *batch)
+    assert isinstance(H["unused"], Diagonal)
+    assert not H["unused"].as_matrix().any()
+
+
+@pytest.mark.parametrize("where", ["parameter", "input"])
+@pytest.mark.parametrize("name", ["perceptron", "attention", "gates_and_layer_norm", "derived_weights"])
+def test_nan_in_nan_out(name, where):
+    error, params, batch = MODELS[name]()
+    if where == "parameter":
+        leaves, structure = jax.tree.flatten(params)
+        params = jax.tree.unflatten(structure, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan), *leaves[1:]])
+    else:
+        batch = (batch[0].at[0, 0].set(jnp.nan), *batch[1:])
+    value, _, H = jaxhess.value_grad_and_hessian(error)(params, *batch)
+    assert jnp.isnan(value)
+    for path, block in H.items():
+        assert jnp.isnan(block.trace()), path
+
+
+def bad_calls():
+    error, params, (x, t) = MODELS["perceptron"]()
+    far = jax.tree.map(lambda p: p, params)
+    far["hidden"]["b"] = jnp.arange(6)
+    yield "length", error, params, (x, t[:3]), [r"\[0\] has 4", r"\[1\] has 3"]
+    yield "empty", error, params, (x[:0], t[:0]), ["empty", "0 examples"]
+    yield "no axis", error, params, (x, 1.0), ["scalar", "leading axis"]
+    yield "vector", lambda p, x, t: x, params, (x, t), [r"float64\[4\]", "scalar"]
+    yield "integer", lambda p, x, t: jnp.argmax(x), params, (x, t), ["int", "floating-point"]
+    yield "pair", lambda p, x, t: (x[0], t[0]), params, (x, t), ["scalar"]
+    yield "integer parameter", error, far, (x, t), [r"\['hidden'\]\['b'\]", "int", r"\[6\]"]
+    yield "no array", error, {"w": "text"}, (x, t), [r"\['w'\]", "str"]
+    yield "nothing", error, {}, (x, t), ["no arrays"]
+
+
+@pytest.mark.parametrize(("error", "params", "batch", "words"), [p[1:] for p in bad_calls()], ids=[p[0] for p in bad_calls()])
+@pytest.mark.parametrize("transformation", [jaxhess.hessian, jaxhess.value_grad_and_hessian, jaxhess.factored_gradient])
+def test_bad_input_is_refused(transformation, error, params, batch, words):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        transformation(error)(params, *batch)
+    for word in words:
+        caught.match(word)
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="'off-diagonal'"):
+        jaxhess.hessian(jnp.sum, blocks="off-diagonal")
+    with pytest.raises(ValueError, match="batch_size"):
+        jaxhess.hessian(jnp.sum, batch_size=0)
+
+
+def test_what_has_no_derivative_is_refused_with_its_place():
+    def error(w, x):
+        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(w @ s[1])), (0, x))[1].sum()
+
+    with pytest.raises(NotImplementedError, match=r"while at .*test_transforms.py:\d+ \(error\)"):
+        jaxhess.hessian(error)(jnp.ones((3, 3)), jnp.ones((2, 3)))
+
+
+def test_complex_intermediates_are_refused():
+    def error(w, x):
+        return jnp.sum(jnp.abs(jnp.fft.fft(w @ x)) ** 2)
+
+    with pytest.raises(NotImplementedError, match=r"complex .* test_transforms.py|test_transforms.py"):
+        jaxhess.hessian(error)(jnp.ones((3, 3)), jnp.ones((2, 3)))
+
+
+def test_what_would_not_fit_is_refused_before_it_is_computed():
+    def error(w, x):
+        return jnp.sum(jnp.tanh(w * x))
+
+    with pytest.raises(MemoryError, match=r"(?s)mul|tanh.*GiB|TiB|PiB"):
+        jaxhess.hessian(lambda w, x: jnp.sum(jnp.tanh(w * x)) ** 2)(jnp.ones((3000, 3000)), jnp.ones((2, 3000, 3000)))
+
+
+def test_dense_form_that_would_not_fit_is_refused():
+    def error(w, x):
+        return jnp.sum(jnp.tanh(w @ x))
+
+    H = jaxhess.hessian(error)(jnp.ones((1024, 784)), jnp.ones((1, 784)))
+    with pytest.raises(MemoryError, match=r"802816 x 802816.*TiB.*mv"):
+        H.as_matrix()
+
+
+def test_functions_without_a_hash():
+    class Model:
+        __hash__ = None
+
+        def __call__(self, w, x):
+            return jnp.sum(jnp.tanh(w @ x))
+
+    assert jaxhess.hessian(Model())(jnp.ones((2, 3)), jnp.ones((4, 3))).in_structure().shape == (2, 3)
