@@ -76,7 +76,7 @@ def _split_constant(value: Pair, dtype: np.dtype) -> Pair:
     return short, (value[0] - short) + value[1]
 
 
-# --- identity and the piecewise-linear functions: sign(y) carries NaN into derivatives that are otherwise constant.
+# --- identity, relu, leaky_relu, elu: sign(y) carries NaN into derivatives that are otherwise constant
 
 
 def zero(y: Array) -> Array:

@@ -236,6 +236,6 @@ def _why_not_component_wise(function: Callable, name: str) -> str | None:
                 f"{name} depends on traced values besides its argument (a parameter it closes over?), so its "
                 "derivatives cannot be taken apart from them; apply it outside of the layer instead"
             ) from error
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever a foreign function does with a shape that it does not expect
             return f"{name} cannot be applied to an array of shape {probes.shape}: {error}"
     return None

@@ -123,10 +123,30 @@ def _operation(equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int]
         result = primitive.bind(*functions, *values, **params)
         return result if primitive.multiple_results else [result]
 
+    if name == "dot_general" and _fully_contracted(equation):
+        return Operation(name, tuple(inputs), tuple(outputs), _swapped(equation), equation.params, equation)
     if name in _ACCURATE:
         accurate = _ACCURATE[name]
         return Operation(name, tuple(inputs), tuple(outputs), lambda y: [accurate(y)], {}, equation)
     return Operation(name, tuple(inputs), tuple(outputs), apply, equation.params, equation)
+
+
+def _fully_contracted(equation: JaxprEqn) -> bool:
+    """Whether the right operand of a product has no axis of its own in the result, as z in `W z`."""
+    (_, contracting), (_, batching) = equation.params["dimension_numbers"]
+    right: Any = equation.invars[1].aval
+    return len(contracting) + len(batching) == right.ndim
+
+
+def _swapped(equation: JaxprEqn) -> Callable[..., Sequence[Array]]:
+    """`W z` computed as `z W^T`, the same array; under `vmap` its result is example by example, not unit by unit, and so
+    is everything that the curvature matrices of each example are then multiplied with."""
+    (left, right), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    params = dict(equation.params, dimension_numbers=((right, left), (right_batch, left_batch)))
+    precision = params.get("precision")
+    if isinstance(precision, tuple):
+        params["precision"] = precision[::-1]
+    return lambda w, z: [equation.primitive.bind(z, w, **params)]
 
 
 def trace(fun: Callable[..., Array], params: PyTree, example: tuple[PyTree, ...]) -> Graph:
