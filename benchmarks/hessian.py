@@ -90,7 +90,9 @@ def small_network(dense: bool) -> None:
         report(f"dense block {k} by jax.hessian", measured, gradient)
     total = sum(m.seconds for m in theirs)
     print(verdict("jax.hessian of the blocks / structured blocks", total / blocks.seconds, 150, True))
-    print(verdict("jax.hessian of the blocks / dense blocks", total / (blocks.seconds + sum(m.seconds for m in ours)), 8, True))
+    print(
+        verdict("jax.hessian of the blocks / dense blocks", total / (blocks.seconds + sum(m.seconds for m in ours)), 8, True)
+    )
 
 
 def large_network() -> None:

@@ -83,7 +83,7 @@ def train(x, labels, steps, batch=128):
 def timed(function, *args):
     """The result of a compiled function and the median of three runs in seconds."""
     compiled = jax.jit(function).lower(*args).compile()
-    seconds = []
+    result, seconds = None, []
     for _ in range(3):
         start = time.perf_counter()
         result = jax.block_until_ready(compiled(*args))
@@ -126,11 +126,24 @@ def size(count):
 
 
 def print_table(studies):
-    rows = [("layer", "parameters", "dense", "ours", "trace", "largest", "smallest", "+ / - / 0", "error", "ours", "jax.hessian")]
+    head = [
+        "layer",
+        "parameters",
+        "dense",
+        "ours",
+        "trace",
+        "largest",
+        "smallest",
+        "+ / - / 0",
+        "error",
+        "ours",
+        "jax.hessian",
+    ]
+    rows = [head]
     for s in studies:
         ours, theirs = s["seconds"]
         rows.append(
-            (
+            [
                 s["name"],
                 f"{len(s['matrix'])}",
                 size(s["block"].dense_bytes),
@@ -142,7 +155,7 @@ def print_table(studies):
                 f"{s['difference']:.0e}",
                 f"{ours * 1e3:.1f} ms",
                 f"{theirs * 1e3:.0f} ms",
-            )
+            ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

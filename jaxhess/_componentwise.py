@@ -15,6 +15,7 @@ Every function here is component-wise to a reader of the traced graph: its opera
 scalar literals. NaN gives NaN, also where the value does not otherwise depend on y.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -29,7 +30,14 @@ Pair = tuple[float, float]  # a real number as the unevaluated sum of two float6
 
 def with_derivative(function: ComponentWise, slope: ComponentWise) -> ComponentWise:
     """`function`, differentiated as `slope` says in place of its own operations."""
-    result = jax.custom_jvp(function)
+
+    # One argument, whatever defaults the function has for others: custom_jvp would differentiate those too.
+    @functools.wraps(function)
+    def of_one(y: Array, /) -> Array:
+        return function(y)
+
+    del of_one.__wrapped__
+    result = jax.custom_jvp(of_one)
     result.defjvps(lambda tangent, _, y: slope(y) * tangent)
     return result
 

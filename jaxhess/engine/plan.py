@@ -111,6 +111,9 @@ def _check_real(graph: Graph, operation: Operation, output: int) -> None:
 
 def _views(graph: Graph, roots: Sequence[int], before: Iterable[Operation], live: frozenset[int]) -> dict[int, View]:
     views = {root: View.of(root, graph.avals[root].shape) for root in roots}
+    scalar = {i: i for i, aval in graph.avals.items() if aval.shape == ()}
+    before = list(before)
+    scalar |= {op.outputs[0]: op.inputs[0] for op in before if op.name == "broadcast_in_dim" and op.inputs[0] in scalar}
     for operation in before:
         moving = [i for i in operation.inputs if i in live]
         if len(moving) != 1 or moving[0] not in views or len(operation.outputs) != 1:
@@ -122,9 +125,13 @@ def _views(graph: Graph, roots: Sequence[int], before: Iterable[Operation], live
             view = views[source].scaled(None, 1)
         elif operation.name in ("mul", "div"):
             others = [i for i in operation.inputs if i != source]
-            by_scalar = len(others) == 1 and graph.avals[others[0]].shape == ()
+            by_scalar = len(others) == 1 and others[0] in scalar
             numerator = operation.name == "mul" or operation.inputs[0] == source
-            view = views[source].scaled(others[0], 1 if operation.name == "mul" else -1) if by_scalar and numerator else None
+            view = (
+                views[source].scaled(scalar[others[0]], 1 if operation.name == "mul" else -1)
+                if by_scalar and numerator
+                else None
+            )
         else:
             view = views[source].after(operation.name, operation.params, graph.avals[output].shape)
         if view is not None:

@@ -22,6 +22,7 @@ __all__ = ["Graph", "Operation", "body_of", "trace"]
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "xla_call"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _OWN_LAYERS = "jaxhess_"
+_BROADCASTING = {"add", "atan2", "div", "max", "min", "mul", "pow", "sub"}
 _ACCURATE = {"tanh": activations.tanh, "logistic": activations.sigmoid}
 _LIBRARY_FOLDERS = (os.path.dirname(jax.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -91,6 +92,25 @@ class _Builder:
         self.constants[number] = value
         return number
 
+    def broadcast(self, number: int, shape: tuple[int, ...], equation: JaxprEqn) -> int:
+        """The operand in the result's shape: recent releases of JAX leave the stretching of axes to the operation."""
+        own = self.avals[number]
+        if own.shape == shape or number in self.constants:
+            return number
+        axes = tuple(range(len(shape) - len(own.shape), len(shape)))
+        output = self.variable(jax.ShapeDtypeStruct(shape, own.dtype))
+        self.operations.append(
+            Operation(
+                "broadcast_in_dim",
+                (number,),
+                (output,),
+                lambda x: [jax.lax.broadcast_in_dim(x, shape, axes)],
+                {"broadcast_dimensions": axes, "shape": shape},
+                equation,
+            )
+        )
+        return output
+
     def inline(self, closed: ClosedJaxpr, inputs: Sequence[int]) -> list[int]:
         environment = dict(zip(closed.jaxpr.invars, inputs, strict=True))
         environment |= {v: self.constant(c) for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
@@ -108,6 +128,8 @@ class _Builder:
                 results = self.inline(body, operands)
             else:
                 results = [self.variable(v.aval) for v in equation.outvars]
+                if name in _BROADCASTING:
+                    operands = [self.broadcast(i, self.avals[results[0]].shape, equation) for i in operands]
                 self.operations.append(_operation(equation, operands, results))
             environment |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]

@@ -109,7 +109,7 @@ class BlockDiagonal(StructuredOperator):
         for path, operator in jax.tree_util.tree_leaves_with_path(self.blocks, is_leaf=_is_operator):
             yield "/".join(str(_key(entry)) for entry in path), operator
 
-    def block(self, path: Any) -> "CurvatureOperator | BlockDiagonal":
+    def block(self, path: Any) -> Any:
         """The block, or the part of the tree, at `path`: `"layer/w"`, a tuple of keys, or a JAX key path.
 
         Raises `KeyError`, with what is there, if there is nothing at `path`.
@@ -131,7 +131,7 @@ class BlockDiagonal(StructuredOperator):
                 raise KeyError(f"no block {str(key)!r} at {here!r}; there is {', '.join(children) or 'nothing below'}")
         return node if _is_operator(node) else BlockDiagonal(node)
 
-    def __getitem__(self, key: Any) -> "CurvatureOperator | BlockDiagonal":
+    def __getitem__(self, key: Any) -> Any:
         return self.block((key,))
 
     def _operators(self) -> list[CurvatureOperator]:

@@ -202,11 +202,11 @@ def _checked_layout(what: str, layout: Layout | None, m: int, n: int) -> Layout:
 
 
 def _product(Q: Array, Z: Array, X: Array) -> Array:
-    # Written axis by axis so that `vmap` over X widens the same three products, (m, n) x (n, r), r times 1 x m x m and
-    # (m, r) x (r, n), and transposes nothing of Q's size: Q_i is contracted over its first axis, being symmetric.
-    Y = jax.lax.dot_general(X, Z, (((1,), (1,)), ((), ())), precision=PRECISION)
-    V = jax.lax.dot_general(Y, Q, (((0,), (1,)), ((1,), (0,))), precision=PRECISION)
-    return jax.lax.dot_general(V, Z, (((0,), (0,)), ((), ())), precision=PRECISION) / Q.shape[0]
+    # Written axis by axis so that `vmap` over X widens the same three products, each in the order of its operands in
+    # memory: (r, n) x (n, m), r times 1 x m x m, (n, r) x (r, m). What gets transposed has X's size, never Q's.
+    Y = jax.lax.dot_general(Z, X.T, (((1,), (0,)), ((), ())), precision=PRECISION)
+    V = jax.lax.dot_general(Y, Q, (((1,), (1,)), ((0,), (0,))), precision=PRECISION)
+    return jax.lax.dot_general(Z.T, V, (((1,), (0,)), ((), ())), precision=PRECISION).T / Q.shape[0]
 
 
 @jax.jit

@@ -1,0 +1,79 @@
+"""The structure of the package: imports go down only, and every public name is documented."""
+
+import ast
+import inspect
+import pathlib
+
+import pytest
+
+import jaxhess
+
+PACKAGE = pathlib.Path(jaxhess.__file__).parent
+# A file imports only from floors below its own, or from an earlier file of its own floor.
+FLOORS = [
+    ["_typing", "_linalg"],
+    [
+        "_componentwise", "activations", "_softmax", "losses", "operators.support", "operators.mapped", "operators.layout",
+        "operators.base", "operators.kronecker", "operators.low_rank", "operators.dense", "operators.contraction",
+        "operators.pullback", "operators.block", "operators",
+    ],
+    ["layers.dense", "layers"],
+    [
+        "engine.kinds", "engine.trace", "engine.views", "engine.rules.base", "engine.rules.linear",
+        "engine.rules.elementwise", "engine.rules.local", "engine.rules", "engine.plan", "engine.sweep", "engine.batch",
+        "engine.assemble", "engine",
+    ],
+    ["transforms"],
+    ["test_util", "naumov2017"],
+    [""],
+]  # fmt: skip
+ORDER = [name for floor in FLOORS for name in floor]
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxhess":
+            base = node.module.partition(".")[2]
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".lstrip(".")
+                yield inner if inner in ORDER else base
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == "jaxhess")
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()))
+def test_imports_go_down_only(name, path):
+    assert name in ORDER, f"{name} has no place in the house"
+    for imported in imports(path):
+        assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()))
+def test_only_public_jax_and_rooms_of_a_size(name, path):
+    text = path.read_text()
+    assert "jax._src" not in text
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text)), f"{name} does not say what it is"
+
+
+def test_init_files_only_export():
+    for path in PACKAGE.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            assert isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Expr), path
+
+
+def public_objects():
+    for module in (jaxhess, jaxhess.activations, jaxhess.losses, jaxhess.operators, jaxhess.test_util, jaxhess.naumov2017):
+        for name in module.__all__:
+            yield f"{module.__name__}.{name}", getattr(module, name)
+
+
+@pytest.mark.parametrize(("name", "value"), list(public_objects()))
+def test_public_names_are_documented(name, value):
+    assert inspect.getdoc(value), f"{name} has no docstring"
