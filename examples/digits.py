@@ -10,6 +10,7 @@ trace, extreme eigenvalues and inertia, how far it is from `jax.hessian` in floa
 import argparse
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,8 @@ def train(x, labels, steps, batch=128):
 def timed(function, *args):
     """The result of a compiled function and the median of three runs in seconds."""
     compiled = jax.jit(function).lower(*args).compile()
-    result, seconds = None, []
+    result: Any = None
+    seconds = []
     for _ in range(3):
         start = time.perf_counter()
         result = jax.block_until_ready(compiled(*args))
