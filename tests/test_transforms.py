@@ -154,7 +154,7 @@ def test_structure_follows_the_layout():
 
 def test_unit_axes_keep_the_kronecker_structure():
     def error(p, x, t):
-        return jnp.sum((jnp.tanh(x[None, :] @ p["w"]) @ p["v"][None, :, None] - t[:1]) ** 2)
+        return jnp.sum((jnp.tanh(x[None, :] @ p["w"]) @ p["v"][None, :, None] - t[0]) ** 2)
 
     params = {"w": jnp.ones((4, 5)), "v": jnp.ones(5)}
     H = jaxhess.hessian(error)(params, jnp.ones((3, 4)), jnp.ones((3, 2)))
@@ -192,13 +192,13 @@ def test_vmap_over_an_ensemble():
     repr(H)
 
 
-@pytest.mark.parametrize("name", ["perceptron", "tied_weights", "gates_and_layer_norm", "derived_weights"])
+@pytest.mark.parametrize("name", ["perceptron", "tied_weights", pytest.param("derived_weights", marks=pytest.mark.slow)])
 def test_derivatives_through_the_trace(name):
     error, params, batch = MODELS[name]()
     flat, unravel = ravel_pytree(params)
     mean = mean_error(error, batch)
-    ours = jax.grad(lambda p: jaxhess.hessian(error)(p, *batch).trace())(params)
-    expected = jax.grad(lambda flat: jnp.trace(jax.hessian(lambda f: mean(unravel(f)))(flat)))(flat)
+    ours = jax.jit(jax.grad(lambda p: jaxhess.hessian(error)(p, *batch).trace()))(params)
+    expected = jax.jit(jax.grad(lambda flat: jnp.trace(jax.hessian(lambda f: mean(unravel(f)))(flat))))(flat)
     assert_close(ravel_pytree(ours)[0], expected, 1e-9)
 
 
@@ -217,18 +217,32 @@ def test_narrow_parameters_are_computed_in_float32():
 def test_float32_is_close_to_float64():
     error, params, batch = MODELS["gates_and_layer_norm"]()
     single = jax.tree.map(lambda p: p.astype(jnp.float32) if p.dtype == jnp.float64 else p, (params, batch))
-    assert_close(
-        jaxhess.hessian(error)(single[0], *single[1]).as_matrix(), jaxhess.hessian(error)(params, *batch).as_matrix(), 1e-5
-    )
+    dense = jax.jit(lambda params, batch: jaxhess.hessian(error)(params, *batch).as_matrix())
+    assert_close(dense(*single), dense(params, batch), 1e-5)
+
+
+def equations(jaxpr):
+    """All equations, those inside of calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def test_products_ask_for_full_precision():
     error, params, batch = MODELS["attention"]()
-    text = str(jax.make_jaxpr(lambda p: jaxhess.hessian(error)(p, *batch))(params))
-    assert text.count("dot_general") > 10
-    assert text.count("dot_general") == text.count("precision=(<Precision.HIGHEST: 2>, <Precision.HIGHEST: 2>)") or (
-        text.count("dot_general") == text.count("precision=HIGHEST")
-    )
+    products = [
+        e
+        for e in equations(jax.make_jaxpr(lambda p: jaxhess.hessian(error)(p, *batch))(params).jaxpr)
+        if e.primitive.name == "dot_general"
+    ]
+    assert len(products) > 10
+    for equation in products:
+        precision = equation.params["precision"]
+        chosen = precision if isinstance(precision, tuple) else (precision,)
+        assert set(chosen) == {jax.lax.Precision.HIGHEST}, equation
 
 
 def test_saturated_units_keep_their_curvature():
@@ -301,7 +315,7 @@ def test_what_has_no_derivative_is_refused_with_its_place():
     def error(w, x):
         return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(w @ s[1])), (0, x))[1].sum()
 
-    with pytest.raises(NotImplementedError, match=r"while at .*test_transforms.py:\d+ \(error\)"):
+    with pytest.raises(NotImplementedError, match=r"while at .*test_transforms.py:\d+ .*error\)"):
         jaxhess.hessian(error)(jnp.ones((3, 3)), jnp.ones((2, 3)))
 
 
@@ -309,7 +323,7 @@ def test_complex_intermediates_are_refused():
     def error(w, x):
         return jnp.sum(jnp.abs(jnp.fft.fft(w @ x)) ** 2)
 
-    with pytest.raises(NotImplementedError, match=r"complex .* test_transforms.py|test_transforms.py"):
+    with pytest.raises(NotImplementedError, match=r"at .*test_transforms.py:\d+ .*complex"):
         jaxhess.hessian(error)(jnp.ones((3, 3)), jnp.ones((2, 3)))
 
 

@@ -43,7 +43,7 @@ _EXAMPLE = 0
 class Use:
     """The labels of one use of a parameter or a frontier variable.
 
-    `weight` labels the axes of `view.sizes`; `output` and `input` those of y and z after their reshape to `output_sizes`
+    Axes of length 1 of z that are not summed over have no label. `weight` labels the axes of `view.sizes`; `output` and `input` those of y and z after their reshape to `output_sizes`
     and `input_sizes`. `input` is None where the use is no contraction (z = 1).
     """
 
@@ -74,7 +74,9 @@ def _use(plan: Plan, leaf: Leaf, view: View, first_label: int) -> Use:
         label_of |= {theirs: axes[ours] for ours, theirs in zip(pairs[mine], pairs[other], strict=True)}
     positions = []
     for axis, length in enumerate(shape):
-        if axis not in label_of:
+        if axis not in label_of and length == 1:
+            label_of[axis] = ()
+        elif axis not in label_of:
             label = first_label + len(weight) + len(positions)
             label_of[axis], size[label] = (label,), length
             positions.append(label)

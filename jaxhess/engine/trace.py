@@ -36,16 +36,22 @@ class Operation:
     outputs: tuple[int, ...]
     apply: Callable[..., Sequence[Array]]
     params: dict[str, Any]
-    equation: JaxprEqn | None = None
+    equation: JaxprEqn
+    callers: tuple[JaxprEqn, ...] = ()
 
     @property
     def where(self) -> str:
-        """File and line of the user's code, as far as JAX kept it."""
-        traceback = self.equation.source_info.traceback if self.equation is not None else None
-        for frame in traceback.frames if traceback is not None else ():
-            if not frame.file_name.startswith(_LIBRARY_FOLDERS):
-                return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-        return "an unknown place"
+        """File and line of the user's code, as far as JAX kept it: of the operation, or of the call that it is part of."""
+        candidates = []
+        for equation in (self.equation, *reversed(self.callers)):
+            traceback = equation.source_info.traceback
+            for frame in traceback.frames if traceback is not None else ():
+                if not frame.file_name.startswith((*_LIBRARY_FOLDERS, "<")):
+                    candidates.append((f"{os.sep}site-packages{os.sep}" in frame.file_name, frame))
+        if not candidates:
+            return "an unknown place"
+        frame = min(candidates, key=lambda candidate: candidate[0])[1]
+        return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
 
 
 @dataclasses.dataclass
@@ -111,7 +117,7 @@ class _Builder:
         )
         return output
 
-    def inline(self, closed: ClosedJaxpr, inputs: Sequence[int]) -> list[int]:
+    def inline(self, closed: ClosedJaxpr, inputs: Sequence[int], callers: tuple[JaxprEqn, ...] = ()) -> list[int]:
         environment = dict(zip(closed.jaxpr.invars, inputs, strict=True))
         environment |= {v: self.constant(c) for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
 
@@ -125,17 +131,19 @@ class _Builder:
             operands = [read(atom) for atom in equation.invars]
             name, body = equation.primitive.name, body_of(equation)
             if body is not None and (name in _CALLS or (name in _CUSTOM and _is_own_layer(body))):
-                results = self.inline(body, operands)
+                results = self.inline(body, operands, (*callers, equation))
             else:
                 results = [self.variable(v.aval) for v in equation.outvars]
                 if name in _BROADCASTING:
                     operands = [self.broadcast(i, self.avals[results[0]].shape, equation) for i in operands]
-                self.operations.append(_operation(equation, operands, results))
+                self.operations.append(_operation(equation, operands, results, callers))
             environment |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
 
 
-def _operation(equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int]) -> Operation:
+def _operation(
+    equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int], callers: tuple[JaxprEqn, ...]
+) -> Operation:
     primitive, name = equation.primitive, equation.primitive.name
 
     def apply(*values: Array) -> Sequence[Array]:
@@ -146,11 +154,11 @@ def _operation(equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int]
         return result if primitive.multiple_results else [result]
 
     if name == "dot_general" and _fully_contracted(equation):
-        return Operation(name, tuple(inputs), tuple(outputs), _swapped(equation), equation.params, equation)
+        return Operation(name, tuple(inputs), tuple(outputs), _swapped(equation), equation.params, equation, callers)
     if name in _ACCURATE:
         accurate = _ACCURATE[name]
-        return Operation(name, tuple(inputs), tuple(outputs), lambda y: [accurate(y)], {}, equation)
-    return Operation(name, tuple(inputs), tuple(outputs), apply, equation.params, equation)
+        return Operation(name, tuple(inputs), tuple(outputs), lambda y: [accurate(y)], {}, equation, callers)
+    return Operation(name, tuple(inputs), tuple(outputs), apply, equation.params, equation, callers)
 
 
 def _fully_contracted(equation: JaxprEqn) -> bool:

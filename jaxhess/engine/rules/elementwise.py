@@ -37,7 +37,7 @@ def is_componentwise(
     """Whether each component of the one output depends on the same component of each live input."""
     if len(out) != 1 or any(shape != out[0] for shape, is_live in zip(shapes, live, strict=True) if is_live):
         return False
-    body = body_of(operation.equation) if operation.equation is not None else None
+    body = body_of(operation.equation)
     if operation.name.startswith("custom_") and body is not None:
         return _body_is_componentwise(body, live, out[0])
     return operation.name in _COMPONENTWISE
