@@ -43,8 +43,9 @@ _EXAMPLE = 0
 class Use:
     """The labels of one use of a parameter or a frontier variable.
 
-    Axes of length 1 of z that are not summed over have no label. `weight` labels the axes of `view.sizes`; `output` and `input` those of y and z after their reshape to `output_sizes`
-    and `input_sizes`. `input` is None where the use is no contraction (z = 1).
+    `weight` labels the axes of `view.sizes`; `output` and `input` those of y and z after their reshape to `output_sizes`
+    and `input_sizes`. `input` is None where the use is no contraction (z = 1). Axes of length 1 of z that are not summed
+    over have no label.
     """
 
     leaf: Leaf

@@ -1,0 +1,57 @@
+"""Sharded batches give the same result, and everything lowers for accelerators that are not here."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.export
+import pytest
+from models import MODELS
+
+import jaxhess
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import jaxhess
+
+assert len(jax.devices()) == 8
+mesh = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(0)
+params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in {"w": (5, 4), "b": 5, "v": (3, 5)}.items()}
+x, t = jnp.asarray(rng.normal(size=(16, 4))), jnp.asarray(rng.normal(size=(16, 3)))
+
+def error(p, x, t):
+    return jaxhess.losses.squared_error(p["v"] @ jaxhess.dense(p["w"], p["b"], x, jaxhess.tanh), t)
+
+expected = jaxhess.hessian(error)(params, x, t)
+batch = jax.device_put((x, t), NamedSharding(mesh, PartitionSpec("examples")))
+found = jax.jit(jaxhess.hessian(error))(params, *batch)
+assert len(found["w"].Q.sharding.device_set) == 8
+np.testing.assert_allclose(found.as_matrix(), expected.as_matrix(), rtol=1e-12, atol=1e-12)
+np.testing.assert_allclose(found.mv(params)["w"], expected.mv(params)["w"], rtol=1e-12, atol=1e-12)
+"""
+
+
+def test_a_sharded_batch_gives_the_same():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_ENABLE_X64": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "tied_weights", "attention", "gates_and_layer_norm"])
+def test_lowers_for_gpu_and_tpu(name):
+    error, params, batch = MODELS[name]()
+    params, batch = jax.tree.map(lambda a: a.astype("float32") if a.dtype == "float64" else a, (params, batch))
+
+    def readings(params, batch):
+        H = jaxhess.hessian(error)(params, *batch)
+        return H.mv(params), H.diagonal(), H.trace()
+
+    exported = jax.export.export(jax.jit(readings), platforms=("cuda", "tpu"))(params, batch)
+    assert exported.platforms == ("cuda", "tpu")
