@@ -59,51 +59,65 @@ def autodiff_block(layer, params, x, t):
     return jax.hessian(of_weight)(params[layer]["w"])
 
 
-def report(name: str, measured: Measured, gradient: Measured) -> None:
-    print(f"{name:<44} {measured}  = {measured.seconds / gradient.seconds:9.1f} gradients", flush=True)
+def report(measured: dict[str, Measured]) -> None:
+    gradient = measured["gradient"]
+    for name, m in measured.items():
+        print(f"{name:<46} {m}  = {m.seconds / gradient.seconds:9.1f} gradients", flush=True)
 
 
 def small_network(dense: bool) -> None:
     params, x, t = network((64, 64, 64, 10), 256)
     print(f"64-64-64-10, r = 256, {jax.default_backend()}, jax {jax.__version__}")
-    gradient = min(
-        (measure(jax.grad(f), params, x, t, repeats=400) for f in (plain_error, mean_error)), key=lambda m: m.seconds
-    )
-    report("gradient", gradient, gradient)
-    blocks = measure(jaxhess.hessian(error), params, x, t, repeats=100)
-    report("structured blocks of all parameters", blocks, gradient)
     H = jaxhess.hessian(error)(params, x, t)
     vectors = jax.random.normal(jax.random.key(9), (50, 64, 64))
-    products = measure(lambda block, v: jax.vmap(block.mv)(v), H[1]["w"], vectors, repeats=100)
-    report("products of the second block with 50 vectors", products, gradient)
-    ours = [measure(lambda block: block.as_matrix(), H[k]["w"], repeats=20) for k in range(3)]
-    for k, measured in enumerate(ours):
-        report(f"dense block {k} from the structured one", measured, gradient)
+    m = measure(
+        {
+            "gradient": (jax.grad(plain_error), (params, x, t)),
+            "gradient of jaxhess.dense": (jax.grad(mean_error), (params, x, t)),
+            "structured blocks of all parameters": (jaxhess.hessian(error), (params, x, t)),
+            "products of the second block with 50 vectors": (lambda b, v: jax.vmap(b.mv)(v), (H[1]["w"], vectors)),
+        },
+        rounds=500,
+    )
+    report(m)
+    gradient = min(m["gradient"], m["gradient of jaxhess.dense"], key=lambda m: m.seconds)
+    blocks = m["structured blocks of all parameters"]
+    products = m["products of the second block with 50 vectors"].seconds / 50
+    cases = {"gradient": (jax.grad(plain_error), (params, x, t))}
+    cases |= {f"dense block {k} from the structured one": (lambda b: b.as_matrix(), (H[k]["w"],)) for k in range(3)}
+    ours = measure(cases, rounds=20)
+    report(ours)
     print(verdict("structured blocks, in gradients", blocks.seconds / gradient.seconds, 30, False))
-    print(verdict("products with 50 vectors, gradients a vector", products.seconds / gradient.seconds / 50, 0.2, False))
-    memory = max(m.peak_bytes / m.result_bytes for m in ours)
-    print(verdict("dense block, peak memory in results", memory, 2, False))
+    print(verdict("products with 50 vectors, in gradients for each vector", products / gradient.seconds, 0.2, False))
+    dense_ours = [m for name, m in ours.items() if name != "gradient"]
+    memory = max(m.peak_bytes / m.result_bytes for m in dense_ours)
+    print(verdict("peak memory of a dense block, in results", memory, 2, False))
     if not dense:
         return
-    theirs = [measure(lambda *a, k=k: autodiff_block(k, *a), params, x, t, repeats=5) for k in range(3)]
-    for k, measured in enumerate(theirs):
-        report(f"dense block {k} by jax.hessian", measured, gradient)
-    total = sum(m.seconds for m in theirs)
+    cases = {"gradient": (jax.grad(plain_error), (params, x, t))}
+    cases |= {f"dense block {k} by jax.hessian": (lambda *a, k=k: autodiff_block(k, *a), (params, x, t)) for k in range(3)}
+    theirs = measure(cases, rounds=5)
+    report(theirs)
+    total = sum(m.seconds for name, m in theirs.items() if name != "gradient")
+    dense_total = blocks.seconds + sum(m.seconds for m in dense_ours)
     print(verdict("jax.hessian of the blocks / structured blocks", total / blocks.seconds, 150, True))
-    print(
-        verdict("jax.hessian of the blocks / dense blocks", total / (blocks.seconds + sum(m.seconds for m in ours)), 8, True)
-    )
+    print(verdict("jax.hessian of the blocks / dense blocks", total / dense_total, 8, True))
 
 
 def large_network() -> None:
     params, x, t = network((784, 1024, 512, 256, 128, 64, 10), 32)
-    gradient = measure(jax.grad(plain_error), params, x, t, repeats=50)
-    report("gradient", gradient, gradient)
-    blocks = measure(jaxhess.hessian(error), params, x, t, repeats=10)
-    report("structured blocks of all parameters", blocks, gradient)
     H = jaxhess.hessian(error)(params, x, t)
     vector = jax.tree.map(jnp.ones_like, params)
-    report("product of all blocks with one vector", measure(lambda H, v: H.mv(v), H, vector, repeats=10), gradient)
+    report(
+        measure(
+            {
+                "gradient": (jax.grad(plain_error), (params, x, t)),
+                "structured blocks of all parameters": (jaxhess.hessian(error), (params, x, t)),
+                "product of all blocks with one vector": (lambda H, v: H.mv(v), (H, vector)),
+            },
+            rounds=15,
+        )
+    )
     print(f"dense blocks would take {H.dense_bytes / 2**40:.1f} TiB, ours {H.storage_bytes / MIB:.0f} MiB")
     print(verdict("memory of the whole process, GiB", peak_rss_bytes() / 2**30, 4, False))
 

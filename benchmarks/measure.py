@@ -37,18 +37,33 @@ def prepare(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any
     return compiled, seconds, results, results + getattr(analysis, "temp_size_in_bytes", 0)
 
 
-def measure(function: Callable[..., Any], *args: Any, repeats: int = 50, budget: float = 20.0) -> Measured:
-    """Time a function on its arguments: the median of up to `repeats` runs within about `budget` seconds."""
-    compiled, compile_seconds, results, peak = prepare(function, *args)
-    times: list[float] = []
+def measure(
+    cases: dict[str, tuple[Callable[..., Any], tuple]], rounds: int = 50, budget: float = 30.0
+) -> dict[str, Measured]:
+    """Time functions on their arguments, taking turns so that all of them see the same machine.
+
+    Medians of up to `rounds` rounds within about `budget` seconds, after a first run of each.
+    """
+    prepared = {name: (*prepare(function, *args), args) for name, (function, args) in cases.items()}
+    times: dict[str, list[float]] = {name: [] for name in cases}
+
+    def one_round() -> None:
+        for name, (compiled, *_, args) in prepared.items():
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*args))
+            times[name].append(time.perf_counter() - start)
+
     start = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
+    one_round()
     first = time.perf_counter() - start
-    for _ in range(max(1, min(repeats, int(budget / max(first, 1e-6))))):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - start)
-    return Measured(statistics.median(times), min(times), compile_seconds, results, peak)
+    for name in cases:
+        times[name].clear()
+    for _ in range(max(1, min(rounds, int(budget / max(first, 1e-6))))):
+        one_round()
+    return {
+        name: Measured(statistics.median(times[name]), min(times[name]), compile_seconds, results, peak)
+        for name, (_, compile_seconds, results, peak, _) in prepared.items()
+    }
 
 
 def peak_rss_bytes() -> int:

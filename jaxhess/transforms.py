@@ -7,6 +7,7 @@ is that of the mean error over them. All of it is compiled once for each functio
 """
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.engine import kinds
 from jaxhess.engine.assemble import block, factored, structured_gradients
 from jaxhess.engine.batch import BatchResult, sweep_batch
+from jaxhess.engine.custom import check_custom_derivatives
 from jaxhess.engine.plan import Leaf, Plan, make_plan
 from jaxhess.engine.sweep import evaluate, sweep
 from jaxhess.engine.trace import trace
@@ -40,6 +42,9 @@ def hessian(fun: Error, blocks: str = "diagonal", *, batch_size: int | None = No
         input vector meets once has the block `KroneckerProductSum` (mn, mn), stored as Q (r, m, m) and Z (r, n); other
         uses give sums of labelled contractions, biases a dense (m, m) block. A parameter that `fun` does not use has a
         `Diagonal` block of zeros. Arrays narrower than float32 are computed, and their blocks held, in float32.
+
+    As with `jax.jit`, `fun` must be pure: what it reads from outside its arguments is read when it is first compiled.
+    `custom_jvp` and `custom_vjp` functions keep the derivative that they were given, if it is that of their value.
 
     Raises:
         InputError: if `fun` does not return a real floating scalar, a parameter is not a real floating array, or the
@@ -139,6 +144,8 @@ class _ByIdentity:
 
 
 def _hashable(fun: Error) -> Error:
+    if not callable(fun):
+        raise InputError(f"fun must be a function of (params, *example), but is a {type(fun).__name__}.")
     try:
         hash(fun)
     except TypeError:
@@ -156,7 +163,17 @@ def _evaluate(
     arrays = [_widened(a) for a in arrays]
     example = jax.tree.unflatten(jax.tree.structure(batch), [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in arrays])
     with jax.default_matmul_precision("highest"):
-        plan = make_plan(trace(fun, jax.tree.unflatten(structure, wide), example), len(leaves))
+        try:
+            graph = trace(fun, jax.tree.unflatten(structure, wide), example)
+        except InputError:
+            raise
+        except TypeError:  # a function that names a narrow type itself may not take a wide one
+            wide = leaves
+            graph = trace(fun, params, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch))
+            arrays = jax.tree.leaves(batch)
+        plan = make_plan(graph, len(leaves))
+        if what == "hessian":
+            check_custom_derivatives(plan)
         environment = {**plan.graph.constants, **dict(zip(plan.parameters, wide, strict=True))}
         evaluate(plan.before, environment)
         second_order = what == "hessian"
@@ -221,7 +238,8 @@ def _widened(array: Array) -> Array:
 def _check_options(blocks: str, batch_size: int | None) -> None:
     if blocks != "diagonal":
         raise InputError(f"blocks={blocks!r} is not known; there is 'diagonal'.")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    integral = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
+    if batch_size is not None and (not integral or batch_size < 1):
         raise InputError(f"batch_size must be a positive integer or None, but is {batch_size!r}.")
 
 
@@ -233,8 +251,9 @@ def _check_parameters(params: PyTree) -> PyTree:
         name = f"params{jax.tree_util.keystr(path)}"
         if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
             raise InputError(
-                f"{name} is a {type(leaf).__name__}, not an array. Keep what is not trained outside of params, "
-                "for example in a closure (functools.partial), or partition the model (equinox.partition, nnx.split)."
+                f"{name} is {type(leaf).__name__} {leaf!r:.40}, not a floating-point array. Keep what is not trained "
+                "outside of params, in a closure (functools.partial) say, or partition the model (equinox.partition, "
+                "nnx.split)."
             )
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise InputError(
@@ -248,9 +267,10 @@ def _check_batch(fun: Error, batch: tuple[PyTree, ...]) -> tuple[tuple[PyTree, .
     lengths: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = f"batch argument {jax.tree_util.keystr(path)}"
-        if jnp.ndim(leaf) == 0:
+        if not hasattr(leaf, "dtype") or jnp.ndim(leaf) == 0:
+            kind = "scalar" if hasattr(leaf, "dtype") or jnp.isscalar(leaf) else type(leaf).__name__
             raise InputError(
-                f"{name} is a scalar; every array of the batch needs a leading axis of examples. "
+                f"{name} is a {kind}; the batch consists of arrays with a leading axis of examples. "
                 "Pass what all examples share by a closure (functools.partial)."
             )
         lengths[name] = jnp.shape(leaf)[0]

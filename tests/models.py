@@ -178,20 +178,29 @@ def weight_in_products_and_elsewhere():
 @model
 def own_derivatives():
     @jax.custom_vjp
-    def rounded(x):
-        return jnp.round(x)
+    def sine(x):
+        return jnp.sin(x)
 
-    rounded.defvjp(lambda x: (jnp.round(x), x), lambda x, g: (g * jnp.cos(x),))
+    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
 
     @jax.custom_jvp
     def squares(x):
         return jnp.sum(x**2)
 
-    squares.defjvp(lambda p, t: (squares(p[0]), jnp.sum(3 * jnp.sin(p[0]) * t[0])))
+    squares.defjvp(lambda p, t: (squares(p[0]), jnp.sum(2 * p[0] * t[0])))
+
+    @jax.custom_vjp
+    def product_and_sum(a, b):
+        return a * b, jnp.sum(a) + b
+
+    product_and_sum.defvjp(
+        lambda a, b: ((a * b, jnp.sum(a) + b), (a, b)), lambda ab, g: (g[0] * ab[1] + jnp.sum(g[1]), g[0] * ab[0] + g[1])
+    )
 
     def error(p, x, t):
-        y = p["w"] @ x + p["b"]
-        return jnp.sum(rounded(y) ** 3) + squares(y) + jnp.max(y) * t[0]
+        y = sine(p["w"]) @ x + p["b"]
+        a, b = product_and_sum(jnp.tanh(y), p["b"])
+        return jnp.sum(sine(y) ** 3) + squares(y) + jnp.max(y) * t[0] + jnp.sum(a * b**2)
 
     return error, {"w": normal(0, 6, 4), "b": normal(1, 6)}, inputs()
 
@@ -241,3 +250,54 @@ def no_data_at_all():
         return jnp.sum(jnp.tanh(p["w"] @ p["x"]) ** 2)
 
     return error, {"w": normal(0, 3, 4), "x": normal(1, 4)}, ()
+
+
+@model
+def decompositions():
+    """JAX's derivatives of these are for symmetric tangents only."""
+
+    def error(p, x, t):
+        K = jnp.exp(-((p["l"][:, None] - p["l"][None, :]) ** 2)) + jnp.outer(x, x) + jnp.exp(p["s"]) * jnp.eye(4)
+        L = jnp.linalg.cholesky(K)
+        vectors = jnp.linalg.eigh(K)[1]
+        alpha = jax.scipy.linalg.cho_solve((L, True), x)
+        return x @ alpha + jnp.sum(jnp.log(jnp.diag(L))) + jnp.sum((vectors[:, 0] @ x) ** 4) + t[0]
+
+    return error, {"l": jnp.array([0.1, 0.9, 2.0, 3.3]), "s": jnp.array(0.3)}, inputs()
+
+
+@model
+def empty_parts():
+    def error(p, x, t):
+        y = jnp.tanh(p["w"] @ x)
+        y = jax.lax.associative_scan(jnp.multiply, jnp.concatenate([y[:0], y]))
+        return jnp.sum(y**2) + jnp.sum(y[5:]) + jnp.sum(p["none"] @ x)
+
+    return error, {"w": normal(0, 5, 4), "none": jnp.zeros((0, 4))}, inputs()
+
+
+@model
+def custom_rule_on_a_weight():
+    @jax.custom_vjp
+    def sine(x):
+        return jnp.sin(x)
+
+    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+    def error(p, x, t):
+        return jnp.sum((sine(p["v"]) @ jnp.tanh(sine(p["w"]) @ x) - t) ** 2)
+
+    return error, {"w": normal(0, 5, 4), "v": normal(1, 3, 5)}, inputs()
+
+
+@model
+def derivatives_inside():
+    """A physics-informed error: the Laplacian of the network with respect to its input."""
+
+    def error(p, x, t):
+        def u(x):
+            return p["v"] @ jnp.tanh(p["w"] @ x + p["b"])
+
+        return (jnp.trace(jax.hessian(u)(x)) - t[0]) ** 2
+
+    return error, {"w": normal(0, 5, 4), "b": normal(1, 5), "v": normal(2, 5)}, inputs()

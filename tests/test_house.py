@@ -20,8 +20,8 @@ FLOORS = [
     ["layers.dense", "layers"],
     [
         "engine.kinds", "engine.trace", "engine.views", "engine.rules.base", "engine.rules.linear",
-        "engine.rules.elementwise", "engine.rules.local", "engine.rules", "engine.plan", "engine.sweep", "engine.batch",
-        "engine.assemble", "engine",
+        "engine.rules.elementwise", "engine.rules.local", "engine.rules", "engine.plan", "engine.custom", "engine.sweep",
+        "engine.batch", "engine.assemble", "engine",
     ],
     ["transforms"],
     ["test_util", "naumov2017"],

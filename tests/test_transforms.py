@@ -1,5 +1,6 @@
 """The transformations against autodiff: every block of every model, and what users of JAX expect of a transformation."""
 
+import functools
 import itertools
 
 import chex
@@ -79,7 +80,7 @@ def test_every_block_equals_autodiff(name):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7])
-@pytest.mark.parametrize("name", ["perceptron", "tied_weights", "several_positions", "own_derivatives"])
+@pytest.mark.parametrize("name", ["perceptron", "tied_weights", "several_positions", "gates_and_layer_norm"])
 def test_chunks_change_nothing(name, batch_size):
     error, params, batch = MODELS[name]()
     whole = jaxhess.value_grad_and_hessian(error)(params, *batch)
@@ -342,6 +343,67 @@ def test_dense_form_that_would_not_fit_is_refused():
     H = jaxhess.hessian(error)(jnp.ones((1024, 784)), jnp.ones((1, 784)))
     with pytest.raises(MemoryError, match=r"802816 x 802816.*TiB.*mv"):
         H.as_matrix()
+
+
+@pytest.mark.parametrize("kind", ["reversed", "clipped", "straight through", "mixing"])
+@pytest.mark.parametrize("on_weight", [False, True])
+def test_rules_that_are_not_derivatives_are_refused(kind, on_weight):
+    """There `jax.hessian` is not symmetric: the error has no Hessian."""
+    if kind == "mixing":
+
+        @jax.custom_jvp
+        def rule(x):
+            return jnp.sin(x)
+
+        rule.defjvp(lambda p, t: (jnp.sin(p[0]), jnp.cos(p[0]) * t[0] + 0.1 * jnp.sum(t[0])))
+    else:
+
+        @jax.custom_vjp
+        def rule(x):
+            return jnp.round(x) if kind == "straight through" else x
+
+        backward = {"reversed": lambda g: -g, "clipped": lambda g: jnp.clip(g, -0.1, 0.1), "straight through": lambda g: g}
+        rule.defvjp(lambda x: (rule(x), None), lambda _, g: (backward[kind](g),))
+
+    def error(w, x):
+        return jnp.sum((rule(w) @ x if on_weight else rule(w @ x)) ** 3)
+
+    params, x = jnp.ones((3, 4)), jnp.ones((2, 4))
+    with pytest.raises(NotImplementedError, match=r"at .*test_transforms.py:\d+ .*not the derivative of its value"):
+        jaxhess.hessian(error)(params, x)
+    if kind == "clipped":  # not linear: the mean of clipped gradients is not the clipped gradient of the mean
+        return
+    mean = mean_error(error, (x,))
+    factors = jaxhess.factored_gradient(error)(params, x)
+    assert_close(factors.as_matrix() if isinstance(factors, LowRank) else factors, jax.grad(mean)(params))
+
+
+def test_a_batch_statistic_is_refused():
+    with pytest.raises(ValueError, match=r"mixes the examples.*ONE example"):
+        jaxhess.hessian(lambda w, x: jnp.sum(jax.lax.pmean(w @ x, "batch")))(jnp.ones((3, 4)), jnp.ones((2, 4)))
+
+
+def test_computing_in_bfloat16_inside():
+    def error(p, x, t, dtype):
+        h = jnp.tanh((p["w"].astype(dtype) @ x.astype(dtype)).reshape(2, 2)[::-1].reshape(4))
+        return jnp.sum(((p["v"].astype(dtype) @ h).astype(x.dtype) - t) ** 2)
+
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in {"w": (4, 3), "v": (2, 4)}.items()}
+    x, t = (jnp.asarray(rng.normal(size=(5, n)), jnp.float32) for n in (3, 2))
+    found = jaxhess.hessian(functools.partial(error, dtype=jnp.bfloat16))(params, x, t)
+    exact = jaxhess.hessian(functools.partial(error, dtype=jnp.float32))(params, x, t)
+    assert found["w"].Q.dtype == jnp.float32
+    assert_close(found.as_matrix(), exact.as_matrix(), 2e-2)
+
+
+def test_second_derivatives_that_would_not_fit_are_refused():
+    def error(w, x):
+        return jnp.sum(jax.lax.scan(lambda h, _: (jnp.tanh(w @ h), None), x, None, length=2)[0])
+
+    shapes = jax.ShapeDtypeStruct((400, 400), jnp.float64), jax.ShapeDtypeStruct((1, 400), jnp.float64)
+    with pytest.raises(MemoryError, match=r"scan at .*160000 x 160000"):
+        jax.eval_shape(jaxhess.hessian(error), *shapes)
 
 
 def test_functions_without_a_hash():

@@ -160,7 +160,7 @@ def factored(plan: Plan, result: BatchResult, root: int) -> LowRank | None:
             (axis,) = [label for label in labels if label in use.weight]
             ordered = (_EXAMPLE, *use.positions, axis)
             moved = jnp.transpose(array, [(_EXAMPLE, *labels).index(label) for label in ordered])
-            sides[axis] = moved.reshape(-1, moved.shape[-1]).T
+            sides[axis] = moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]).T
         lefts.append(sides[use.weight[0]])
         rights.append(sides[use.weight[1]])
     if not lefts:
@@ -304,7 +304,14 @@ def _pullback(
     weights = [gradients[v] if v in gradients else jnp.zeros(avals[v].shape, avals[v].dtype) for v in variables]
     read = {i for operation in plan.before for i in operation.inputs}
     others = {i: environment[i] for i in {*plan.parameters, *read.intersection(plan.graph.constants)} - {root}}
-    return Pullback(terms, environment[root], others, weights, _weights(plan.before, root, tuple(variables)))
+    return Pullback(
+        terms,
+        environment[root],
+        others,
+        weights,
+        _weights(plan.before, root, tuple(variables)),
+        reverse_only=any(operation.name.startswith("custom_vjp") for operation in plan.before),
+    )
 
 
 def _weights(

@@ -79,6 +79,10 @@ def sweep_batch(
     return BatchResult(examples=examples, **jax.tree.map(lambda a: a / examples, summed), **kept)
 
 
+def _wide(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
 def _one_example(
     plan: Plan,
     shared: dict[int, Array],
@@ -103,8 +107,8 @@ def _one_example(
         if j in structured:
             leaf = plan.leaves[j]
             (operation,) = plan.steps[leaf.step].operations
-            kept["outputs"][j] = g + poison
-            kept["inputs"][j] = environment[operation.inputs[1 - (leaf.operand or 0)]]
+            kept["outputs"][j] = _wide(g + poison)
+            kept["inputs"][j] = _wide(environment[operation.inputs[1 - (leaf.operand or 0)]])
         else:
             summed["gradients"][j] = g + poison
     for (j, k), kind in result.curvatures.items():

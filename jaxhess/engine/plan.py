@@ -119,8 +119,6 @@ def _views(graph: Graph, roots: Sequence[int], before: Iterable[Operation], live
         if len(moving) != 1 or moving[0] not in views or len(operation.outputs) != 1:
             continue
         (source,), (output,) = moving, operation.outputs
-        if graph.avals[source].dtype != graph.avals[output].dtype:
-            continue
         if operation.name == "neg":
             view = views[source].scaled(None, 1)
         elif operation.name in ("mul", "div"):

@@ -137,7 +137,7 @@ def sweep(
             _advance(state, steps[index], index, environment, second_order)
         except (DenseTooLargeError, UnsupportedOperationError):
             raise
-        except (NotImplementedError, TypeError, ValueError) as error:
+        except (NotImplementedError, TypeError, ValueError, ArithmeticError) as error:
             operation = steps[index].operations[-1]
             raise UnsupportedOperationError(
                 f"The exact curvature of {operation.name} at {operation.where} could not be computed: JAX cannot "
@@ -176,6 +176,9 @@ def _advance(state: _State, step: Step, index: int, environment: dict[int, Array
             else:
                 _pass_row(state, step, rule, probe, u, w, kind, keep)
     if rule is not None:
+        for a, b in rule.second_order_pairs():
+            if keep(a, b):
+                _guard(state, step, a, b, rule.values[0].dtype.itemsize)
         for (a, b), kind in rule.second(outputs, keep).items():
             state.accumulate(a, b, kind)
     if probe is not None and rule is not None:
@@ -184,8 +187,11 @@ def _advance(state: _State, step: Step, index: int, environment: dict[int, Array
             state.accumulate(input_row, z, Diagonal(jnp.ones(state.size(z), outputs[step.outputs[0]].dtype)))
 
 
-def _guard(state: _State, step: Step, a: int, b: int, kind: Kind) -> None:
-    itemsize = (kind.values if isinstance(kind, Diagonal) else kind.matrix).dtype.itemsize
+def _itemsize(kind: Kind) -> int:
+    return (kind.values if isinstance(kind, Diagonal) else kind.matrix).dtype.itemsize
+
+
+def _guard(state: _State, step: Step, a: int, b: int, itemsize: int) -> None:
     operation = step.operations[-1]
     check_dense_fits(
         f"curvature of {operation.name} at {operation.where}, for {state.copies} examples at once",
@@ -206,13 +212,13 @@ def _pass_own(
     keep: Callable[[int, int], bool],
 ) -> None:
     if probe is not None:
-        _guard(state, step, probe, probe, kind)
+        _guard(state, step, probe, probe, _itemsize(kind))
         state.accumulate(probe, probe, kind)
     if rule is None:
         return
     if not isinstance(kind, Diagonal) or step.kind not in ("componentwise", "indexing"):
         for a in step.inputs:
-            _guard(state, step, a, a, kind)
+            _guard(state, step, a, a, _itemsize(kind))
     for (a, b), pulled in rule.between(kind, u, keep).items():
         state.accumulate(a, b, pulled)
     if probe is not None and keep(probe, step.inputs[0]):
@@ -236,7 +242,7 @@ def _pass_row(
         return
     if not isinstance(kind, Diagonal) or step.kind != "componentwise":
         for a in inputs:
-            _guard(state, step, w, a, kind)
+            _guard(state, step, w, a, _itemsize(kind))
     pulled = rule.through(kind, u)
     for a in inputs:
         state.accumulate(w, a, add(pulled[a], transpose(pulled[a])) if a == w else pulled[a])
@@ -248,6 +254,8 @@ def _pass_mixed(
     """Two outputs of one operation: `J_wa^T C[w, u] J_ub` for all a and b, and its transpose."""
     if rule is None:
         return
+    for a in step.inputs:
+        _guard(state, step, a, a, _itemsize(kind))
     for b, half in rule.through(kind, u).items():
         for a, whole in rule.through(transpose(half), w).items():
             if keep(a, b):

@@ -185,10 +185,18 @@ def trace(fun: Callable[..., Array], params: PyTree, example: tuple[PyTree, ...]
     Raises:
         InputError: if the result is not one real floating-point scalar.
     """
-    with jax.default_matmul_precision("highest"):
-        closed, shape = jax.make_jaxpr(fun, return_shape=True)(params, *example)
-    results = jax.tree.leaves(shape)
     name = getattr(fun, "__name__", repr(fun))
+    try:
+        with jax.default_matmul_precision("highest"):
+            closed, shape = jax.make_jaxpr(fun, return_shape=True)(params, *example)
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise InputError(
+            f"{name} mixes the examples of a batch ({error}), but takes ONE example: its error must not depend on the "
+            "others. Use the running statistics of a batch normalisation, for example."
+        ) from error
+    results = jax.tree.leaves(shape)
     if len(results) != 1 or results[0].shape != ():
         found = ", ".join(f"{s.dtype}{list(s.shape)}" for s in results) or "nothing"
         raise InputError(

@@ -78,6 +78,8 @@ class View:
         """The view after an operation with this name, parameters and result shape; None if it is no rearrangement."""
         if name == "transpose":
             return self.transposed(params["permutation"])
+        if name == "convert_element_type":
+            return self
         if name in ("reshape", "squeeze", "expand_dims", "copy", "copy_p"):
             return self.reshaped(shape) if params.get("dimensions") is None or name != "reshape" else None
         if name == "broadcast_in_dim":

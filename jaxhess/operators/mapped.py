@@ -88,7 +88,7 @@ def count_signs(eigenvalues: Float[Array, "k"], size: int, tolerance: Any = None
     `size * eps * max|eigenvalue|`.
 
     >>> import jax.numpy as jnp
-    >>> [int(count) for count in count_signs(jnp.array([-2.0, 1e-12, 3.0]), 5)]
+    >>> [int(count) for count in count_signs(jnp.array([-2.0, 1e-18, 3.0]), 5)]
     [1, 1, 3]
     """
     if tolerance is None:

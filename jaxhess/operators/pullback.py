@@ -72,7 +72,8 @@ def contract(operands: Sequence[Array], labels: Sequence[Labels], result: Labels
 
 class Pullback(CurvatureOperator):
     """The operator on p. `function(p, others)` gives the tuple of w and `gradients` are the error's with
-    respect to them. Products cost one forward and one reverse pass through f."""
+    respect to them. `reverse_only` says that f has no forward mode (a `custom_vjp` function): its tangent map is then the
+    transpose of its reverse pass. Products cost one forward and one reverse pass through f."""
 
     terms: tuple[PairTerm, ...]
     point: Array
@@ -80,6 +81,7 @@ class Pullback(CurvatureOperator):
     gradients: tuple[Array, ...]
     factor: Array
     function: Callable[[Array, Any], tuple[Array, ...]] = dataclasses.field(metadata={"static": True})
+    reverse_only: bool = dataclasses.field(metadata={"static": True})
 
     def __init__(
         self,
@@ -88,9 +90,12 @@ class Pullback(CurvatureOperator):
         others: Any,
         gradients: Sequence[Array],
         function: Callable[[Array, Any], tuple[Array, ...]],
+        *,
+        reverse_only: bool = False,
         factor: Any = 1,
         tags: Any = (),
     ):
+        self.reverse_only = reverse_only
         self.terms, self.point, self.others = tuple(terms), point, others
         self.gradients, self.function = tuple(gradients), function
         self.factor = as_scalar("Pullback", factor, point.dtype)
@@ -107,13 +112,18 @@ class Pullback(CurvatureOperator):
             return self.function(p, self.others)
 
         def pull(p: Array) -> Array:
-            return jax.vjp(weights, p)[1](self.gradients)[0]
+            values, vjp = jax.vjp(weights, p)
+            return vjp(tuple(g.astype(w.dtype) for g, w in zip(self.gradients, values, strict=True)))[0]
 
-        values, tangents = jax.jvp(weights, (self.point,), (vector,))
+        values, vjp = jax.vjp(weights, self.point)
+        if self.reverse_only:
+            (tangents,) = jax.linear_transpose(lambda cotangents: vjp(cotangents)[0], values)(vector)
+        else:
+            tangents = jax.jvp(weights, (self.point,), (vector,))[1]
         products = [jnp.zeros(w.shape, w.dtype) for w in values]
         for term in self.terms:
             term.add_product(products, tangents)
-        first = jax.vjp(weights, self.point)[1](tuple(products))[0]
+        first = vjp(tuple(p.astype(w.dtype) for p, w in zip(products, values, strict=True)))[0]
         return self.factor * (first + jax.jvp(pull, (self.point,), (vector,))[1])
 
     def as_matrix(self):

@@ -4,6 +4,7 @@ Nothing here knows the classes; operators are spoken to through lineax's interfa
 """
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -57,9 +58,14 @@ def scaled_tags(tags: frozenset[object], factor: Any) -> frozenset[object]:
 
 def as_scalar(what: str, factor: Any, dtype: Any) -> Array:
     """`factor` as a 0-d array of the operator's dtype, so that scaling changes no structure."""
-    if jnp.ndim(factor) != 0:
-        raise InputError(f"{what}: can be multiplied by scalars only, got an array of shape {jnp.shape(factor)}")
-    return jnp.asarray(factor).astype(dtype)
+    scalar: Any = factor
+    if not isinstance(factor, numbers.Number | np.ndarray | np.generic | jax.Array):
+        raise InputError(f"{what}: can be multiplied by scalars only, got a {type(factor).__name__}")
+    if jnp.iscomplexobj(scalar):
+        raise InputError(f"{what}: is real and can be multiplied by real scalars only, got a complex one")
+    if jnp.ndim(scalar) != 0:
+        raise InputError(f"{what}: can be multiplied by scalars only, got an array of shape {jnp.shape(scalar)}")
+    return jnp.asarray(scalar).astype(dtype)
 
 
 def as_real_arrays(what: str, names: Sequence[str], arrays: Sequence[Any]) -> list[Array]:
@@ -76,6 +82,8 @@ def check_vector(what: str, vector: Any, shape: tuple[int, ...]) -> None:
     """Raise `InputError` unless `vector` has the shape that the operator acts on."""
     if jnp.shape(vector) != shape:
         raise InputError(f"{what}.mv: needs an array of shape {shape}, got shape {jnp.shape(vector)}")
+    if jnp.iscomplexobj(vector):
+        raise InputError(f"{what}.mv: needs a real array, got a complex one; apply it to the real and imaginary parts")
 
 
 def check_same_structure(first: Any, second: Any) -> None:

@@ -22,6 +22,10 @@ __all__ = ["Pairs", "Rule"]
 Pairs = dict[tuple[int, int], Kind]
 
 
+def _flat(rows: Shaped[Array, "k *a"]) -> Shaped[Array, "k size"]:
+    return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
+
+
 class Rule:
     """The first order of an operation, and no second order: a linear operation."""
 
@@ -38,20 +42,28 @@ class Rule:
 
     def pull(self, u: int, rows: Shaped[Array, "k *u"]) -> dict[int, Array]:
         """`J_a^T` applied to each row, for every live input a: (k, *a.shape)."""
-        k = rows.shape[0]
+        k, dtype = rows.shape[0], rows.dtype
         cotangents = tuple(
-            rows if output == u else jnp.zeros((k, *result.shape), result.dtype)
+            rows.astype(result.dtype) if output == u else jnp.zeros((k, *result.shape), result.dtype)
             for output, result in zip(self.outputs, self.results, strict=True)
         )
-        return dict(zip(self.inputs, jax.vmap(self._vjp)(cotangents), strict=True))
+        pulled = jax.vmap(self._vjp)(cotangents)
+        return {a: p.astype(jnp.promote_types(p.dtype, dtype)) for a, p in zip(self.inputs, pulled, strict=True)}
 
     def gradient(self, g: dict[int, Array]) -> dict[int, Array]:
         """`sum_u J_a^T g[u]` for every live input a."""
-        cotangents = tuple(
-            g.get(output, jnp.zeros(result.shape, result.dtype))
+        return dict(zip(self.inputs, self._vjp(self.cotangents(g)), strict=True))
+
+    def cotangents(self, g: dict[int, Array]) -> tuple[Array, ...]:
+        """g[u] for every output, zero where there is none, in the outputs' own dtypes."""
+        return tuple(
+            g[output].astype(result.dtype) if output in g else jnp.zeros(result.shape, result.dtype)
             for output, result in zip(self.outputs, self.results, strict=True)
         )
-        return dict(zip(self.inputs, self._vjp(cotangents), strict=True))
+
+    def second_order_pairs(self) -> list[tuple[int, int]]:
+        """The pairs of inputs for which `second` makes dense matrices."""
+        return []
 
     def through(self, kind: Kind, u: int) -> dict[int, Kind]:
         """`C[w, u] J_a` for every live input a."""
@@ -60,9 +72,9 @@ class Rule:
             size = math.prod(shape)
             eye = jnp.eye(size, dtype=kind.values.dtype).reshape(size, *shape)
             jacobians = self.pull(u, eye)
-            return {a: Dense(kind.values[:, None] * j.reshape(size, -1)) for a, j in jacobians.items()}
-        rows = kind.matrix.reshape(-1, *shape)
-        return {a: Dense(pulled.reshape(rows.shape[0], -1)) for a, pulled in self.pull(u, rows).items()}
+            return {a: Dense(kind.values[:, None] * _flat(j)) for a, j in jacobians.items()}
+        rows = kind.matrix.reshape(kind.matrix.shape[0], *shape)
+        return {a: Dense(_flat(pulled)) for a, pulled in self.pull(u, rows).items()}
 
     def between(self, kind: Kind, u: int, keep: Callable[[int, int], bool]) -> Pairs:
         """`J_a^T C[u, u] J_b` for the pairs a <= b of live inputs that `keep` asks for."""

@@ -101,10 +101,6 @@ class ComponentwiseRule(Rule):
         (result,), vjp = jax.vjp(lambda *x: tuple(self.function(*x)), *values)
         return vjp((jnp.ones(result.shape, result.dtype),))
 
-    def gradient(self, g: dict[int, Array]) -> dict[int, Array]:
-        (u,) = self.outputs
-        return {a: g[u] * j for a, j in self._derivatives.items()} if u in g else {}
-
     def through(self, kind: Kind, u: int) -> dict[int, Kind]:
         return {a: scale_columns(kind, j.reshape(-1)) for a, j in self._derivatives.items()}
 

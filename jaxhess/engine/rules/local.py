@@ -3,14 +3,15 @@
     C[a, b] += sum_i g[u]_i d2h_i / da db
 
 The product of two live arrays is bilinear: only its mixed second derivative is not zero. Everything else without a rule
-of its own gets all pairs.
+of its own gets all pairs. JAX differentiates some operations (`cholesky`, `eigh`) for symmetric tangents only, and its
+second derivative is symmetric on those alone; the symmetric part is the same there, and what the sweep relies on.
 """
 
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
+from jaxhess._linalg import symmetrise
 from jaxhess._typing import Array
 from jaxhess.engine.kinds import Dense
 from jaxhess.engine.rules.base import Pairs, Rule
@@ -25,22 +26,24 @@ class LocalRule(Rule):
 
     _same_input = True
 
+    def second_order_pairs(self) -> list[tuple[int, int]]:
+        return [(a, b) for a in self.inputs for b in self.inputs if a <= b and (a != b or self._same_input)]
+
     def second(self, g: dict[int, Array], keep: Callable[[int, int], bool]) -> Pairs:
-        cotangents = tuple(
-            g.get(output, jnp.zeros(result.shape, result.dtype))
-            for output, result in zip(self.outputs, self.results, strict=True)
-        )
+        cotangents = self.cotangents(g)
 
         def gradient(*values: Array) -> tuple[Array, ...]:
             return jax.vjp(lambda *x: tuple(self.function(*x)), *values)[1](cotangents)
 
         pairs: Pairs = {}
         for position, b in enumerate(self.inputs):
-            wanted = [a for a in self.inputs if a <= b and (a != b or self._same_input) and keep(a, b)]
+            wanted = [a for a, other in self.second_order_pairs() if other == b and keep(a, b)]
             if wanted:
                 columns = dict(zip(self.inputs, jax.jacfwd(gradient, argnums=position)(*self.values), strict=True))
-                size = self.values[position].size
-                pairs |= {(a, b): Dense(columns[a].reshape(-1, size)) for a in wanted}
+                sizes = dict(zip(self.inputs, (value.size for value in self.values), strict=True))
+                for a in wanted:
+                    matrix = columns[a].reshape(sizes[a], sizes[b])
+                    pairs[a, b] = Dense(symmetrise(matrix) if a == b else matrix)
         return pairs
 
 
