@@ -8,6 +8,7 @@ from jaxhess.operators.kronecker import KroneckerProduct, KroneckerProductSum
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.low_rank import LowRank
 from jaxhess.operators.mapped import Inertia, mapped_diagonal, mapped_frobenius_norm, mapped_matrix, mapped_trace
+from jaxhess.operators.pullback import Pullback
 
 __all__ = [
     "BlockDiagonal",
@@ -21,6 +22,7 @@ __all__ = [
     "Layout",
     "LowRank",
     "OperatorSum",
+    "Pullback",
     "StructuredOperator",
     "mapped_diagonal",
     "mapped_frobenius_norm",
