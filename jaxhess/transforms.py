@@ -29,7 +29,7 @@ __all__ = ["factored_gradient", "hessian", "value_grad_and_hessian"]
 Error = Callable[..., Array]
 
 
-def hessian(fun: Error, blocks: str = "diagonal", *, batch_size: int | None = None) -> Callable[..., BlockDiagonal]:
+def hessian(fun: Error, blocks: str = "diagonal", batch_size: int | None = None) -> Callable[..., BlockDiagonal]:
     """The exact Hessian of the mean error, as structured operators.
 
     Args:
@@ -74,7 +74,7 @@ def hessian(fun: Error, blocks: str = "diagonal", *, batch_size: int | None = No
 
 
 def value_grad_and_hessian(
-    fun: Error, blocks: str = "diagonal", *, batch_size: int | None = None
+    fun: Error, blocks: str = "diagonal", batch_size: int | None = None
 ) -> Callable[..., tuple[Array, PyTree, BlockDiagonal]]:
     """The mean error, its gradient and its exact Hessian, in one sweep.
 
@@ -97,7 +97,7 @@ def value_grad_and_hessian(
     return transformed
 
 
-def factored_gradient(fun: Error, *, batch_size: int | None = None) -> Callable[..., PyTree]:
+def factored_gradient(fun: Error, batch_size: int | None = None) -> Callable[..., PyTree]:
     """The gradient of the mean error, with each weight matrix's as a pair of thin factors.
 
     Returns a function of `(params, *batch)`. A matrix that meets vectors only in products has a `LowRank` of its shape:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from models import MODELS
+from models import MODELS, inputs, normal
 
 import jaxhess
-from jaxhess.operators import Diagonal, KroneckerProductSum, LowRank
+from jaxhess.operators import Dense, Diagonal, KroneckerProductSum, LowRank
 
 TOLERANCE = 1e-10
 
@@ -151,6 +151,36 @@ def test_structure_follows_the_layout():
     assert H["w1"].in_structure().shape == (4, 6)
     G = jaxhess.factored_gradient(error)(params, *batch)
     assert isinstance(G["b1"], jax.Array)
+
+
+def test_curvature_keeps_its_kind():
+    """Zero, diagonal, dense: the narrowest that holds it, from the error down."""
+
+    def error(p, x, t):
+        h = jnp.tanh(p["w"] @ x + p["b"]) * p["scale"]
+        return jaxhess.losses.squared_error(p["v"] @ h + p["c"], t) + jnp.sum(p["w"] ** 2) + jnp.sum(p["line"])
+
+    params = {"w": normal(0, 5, 4), "b": normal(1, 5), "scale": normal(2, 5), "v": normal(3, 3, 5), "c": normal(4, 3)}
+    params["line"] = normal(5, 2)
+    H = jaxhess.hessian(error)(params, *inputs())
+    assert isinstance(H["line"], Diagonal)
+    assert not H["line"].values.any()
+    assert isinstance(H["c"], Diagonal)
+    assert isinstance(H["b"], Dense)
+    assert [type(term) for term in H["w"].terms] == [Diagonal, KroneckerProductSum]
+    check_everything(error, params, inputs())
+
+
+def test_parameters_that_depend_on_no_data_run_once_for_the_batch():
+    """Their operations come before the batch: their results have no axis of examples."""
+
+    def error(p, x):
+        return jnp.sum((jnp.linalg.inv(p) @ x) ** 2)
+
+    jaxpr = jax.make_jaxpr(lambda p, x: jaxhess.hessian(error)(p, x))(3 * jnp.eye(4), jnp.ones((7, 4))).jaxpr
+    shapes = [e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "lu"]
+    assert shapes
+    assert all(7 not in shape for shape in shapes)
 
 
 def test_unit_axes_keep_the_kronecker_structure():
