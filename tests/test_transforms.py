@@ -93,7 +93,7 @@ FOREIGN = (jnp.tanh, jax.nn.mish, jax.nn.softmax, lambda y: y * jnp.exp(-(y**2))
 LOSSES = ("squared_error", "softmax_cross_entropy", "sigmoid_cross_entropy", "poisson", "gaussian", "huber")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     widths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     outputs=st.integers(1, 3),

@@ -29,7 +29,7 @@ def reordered(matrix, layout):
     return out
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 9),
