@@ -151,11 +151,12 @@ def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
 def _compare(
     path: str, leaf: Array, kind: str, compared: str, found: Array, expected: Array, tolerance: float | None
 ) -> BlockCheck:
+    expected = expected.astype(found.dtype)
     both_nan = jnp.isnan(found) & jnp.isnan(expected)
     difference = jnp.max(jnp.where(both_nan, 0, jnp.abs(found - expected)), initial=0)
     scale = jnp.max(jnp.where(jnp.isnan(expected), 0, jnp.abs(expected)), initial=0)
     error = float(difference / jnp.where(scale == 0, 1, scale))
-    limit = _TOLERANCE[leaf.dtype.itemsize] if tolerance is None else tolerance
+    limit = _TOLERANCE.get(leaf.dtype.itemsize, 0.2) if tolerance is None else tolerance
     return BlockCheck(path, leaf.shape, kind, compared, error, limit)
 
 

@@ -44,7 +44,8 @@ def hessian(fun: Error, blocks: str = "diagonal", batch_size: int | None = None)
         `Diagonal` block of zeros. Arrays narrower than float32 are computed, and their blocks held, in float32.
 
     As with `jax.jit`, `fun` must be pure: what it reads from outside its arguments is read when it is first compiled.
-    `custom_jvp` and `custom_vjp` functions keep the derivative that they were given, if it is that of their value.
+    `custom_jvp` and `custom_vjp` functions keep the derivative that they were given; one that is not the derivative of
+    their value, at sample points, is refused.
 
     Raises:
         InputError: if `fun` does not return a real floating scalar, a parameter is not a real floating array, or the

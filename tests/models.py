@@ -301,3 +301,37 @@ def derivatives_inside():
         return (jnp.trace(jax.hessian(u)(x)) - t[0]) ** 2
 
     return error, {"w": normal(0, 5, 4), "b": normal(1, 5), "v": normal(2, 5)}, inputs()
+
+
+@model
+def loops_inside_custom_rules():
+    """A scan whose carry mixes components only from its second step on."""
+
+    def flipping(x):
+        def body(carry, _):
+            a, y = carry
+            return (y, jnp.sin(y) + jnp.flip(a)), None
+
+        return jax.lax.scan(body, (jnp.zeros_like(x), x), None, length=3)[0][1]
+
+    g = jax.custom_jvp(flipping)
+    g.defjvp(lambda p, t: jax.jvp(flipping, p, t))
+
+    def error(p, x, t):
+        return jnp.sum(g(p["w"] @ x) ** 2) + jnp.sum(jnp.abs(jnp.tanh(x + 1j)) * p["v"] ** 2)
+
+    return error, {"w": normal(0, 3, 4), "v": normal(1, 4)}, inputs()
+
+
+@model
+def heads_of_one_output():
+    def error(p, x, t):
+        X = x.reshape(2, 2)
+        y = jnp.sin(p["column"][:, 0] @ x) + jnp.sin(p["row"][0] @ x) + jnp.cos(jnp.einsum("ij,ij->", p["full"], X))
+        return y**2 + jnp.sum(jnp.sin(p["square"][:, :, None, None] * X[None, None])) + jnp.sum((-p["row"]) @ x * t[0])
+
+    return (
+        error,
+        {"column": normal(0, 4, 1), "row": normal(1, 1, 4), "full": normal(2, 2, 2), "square": normal(3, 2, 2)},
+        inputs(),
+    )

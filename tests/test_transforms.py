@@ -287,6 +287,12 @@ def test_saturated_units_keep_their_curvature():
     assert_close(H.as_matrix()[0, 0] / (-8 * a), 1.0)
 
 
+def test_scaled_weights_keep_their_dtype():
+    w, x = jnp.ones((3, 4), jnp.float32), jnp.ones((2, 4), jnp.float32)
+    H = jaxhess.hessian(lambda w, x: jnp.sum(jnp.sin((-w / 3) @ x)))(w, x)
+    assert H.as_matrix().dtype == jnp.float32
+
+
 def test_unused_parameters_have_zero_blocks():
     error, params, batch = MODELS["unused_and_constant"]()
     H = jaxhess.hessian(error)(params, *batch)
@@ -307,6 +313,7 @@ def test_nan_in_nan_out(name, where):
     assert jnp.isnan(value)
     for path, block in H.items():
         assert jnp.isnan(block.trace()), path
+        assert set(map(int, block.inertia())) == {-1}, path
 
 
 def bad_calls():
@@ -375,7 +382,7 @@ def test_dense_form_that_would_not_fit_is_refused():
         H.as_matrix()
 
 
-@pytest.mark.parametrize("kind", ["reversed", "clipped", "straight through", "mixing"])
+@pytest.mark.parametrize("kind", ["reversed", "clipped", "straight through", "hard", "leaky", "mixing"])
 @pytest.mark.parametrize("on_weight", [False, True])
 def test_rules_that_are_not_derivatives_are_refused(kind, on_weight):
     """There `jax.hessian` is not symmetric: the error has no Hessian."""
@@ -390,10 +397,14 @@ def test_rules_that_are_not_derivatives_are_refused(kind, on_weight):
 
         @jax.custom_vjp
         def rule(x):
-            return jnp.round(x) if kind == "straight through" else x
+            return forward[kind](x)
 
-        backward = {"reversed": lambda g: -g, "clipped": lambda g: jnp.clip(g, -0.1, 0.1), "straight through": lambda g: g}
-        rule.defvjp(lambda x: (rule(x), None), lambda _, g: (backward[kind](g),))
+        forward = {"straight through": jnp.round, "hard": lambda x: jnp.clip(x, -1, 1), "leaky": lambda x: jnp.maximum(x, 0)}
+        forward |= dict.fromkeys(("reversed", "clipped"), lambda x: x)
+        backward = dict.fromkeys(("straight through", "hard"), lambda x, g: g)
+        backward |= {"reversed": lambda x, g: -g, "clipped": lambda x, g: jnp.clip(g, -0.1, 0.1)}
+        backward |= {"leaky": lambda x, g: jnp.where(x > 0, g, 0.2 * g)}
+        rule.defvjp(lambda x: (forward[kind](x), x), lambda x, g: (backward[kind](x, g),))
 
     def error(w, x):
         return jnp.sum((rule(w) @ x if on_weight else rule(w @ x)) ** 3)

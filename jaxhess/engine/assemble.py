@@ -32,7 +32,8 @@ from jaxhess.operators import (
     LowRank,
     OperatorSum,
 )
-from jaxhess.operators.pullback import PairTerm, Pullback, contract
+from jaxhess.operators.contraction import contract
+from jaxhess.operators.pullback import PairTerm, Pullback
 
 __all__ = ["block", "factored", "structured_gradients"]
 
@@ -151,7 +152,8 @@ def factored(plan: Plan, result: BatchResult, root: int) -> LowRank | None:
             return None
         use = _use(plan, plan.leaves[n], view, _EXAMPLE + 1)
         assert use.input is not None
-        if set(use.weight) & set(use.output) & set(use.input):
+        sides_of = [set(use.weight).intersection(labels) for labels in (use.output, use.input)]
+        if [len(side) for side in sides_of] != [1, 1] or sides_of[0] == sides_of[1]:
             return None
         G = result.outputs[n].reshape(result.examples, *use.output_sizes)
         Z = result.inputs[n].reshape(result.examples, *use.input_sizes)
@@ -182,10 +184,10 @@ def _number_uses(plan: Plan, views: dict[int, View]) -> dict[int, Use]:
     return uses
 
 
-def _scale(view: View, environment: dict[int, Array]) -> Array | None:
+def _scale(view: View, environment: dict[int, Array]) -> Array | float | None:
     scale = None
     for variable, power in view.factors:
-        factor = -jnp.ones(()) if variable is None else environment[variable] ** power
+        factor = -1.0 if variable is None else environment[variable] ** power
         scale = factor if scale is None else scale * factor
     return scale
 
@@ -237,7 +239,7 @@ def _kronecker(
     Z = result.inputs[n].reshape(result.examples, n_inputs)
     scale = _scale(use.view, environment)
     layout = Layout(shape, use.view.sizes, rows, columns)
-    return KroneckerProductSum(Q if scale is None else Q * scale**2, Z, layout)
+    return KroneckerProductSum(Q if scale is None else Q * jnp.asarray(scale**2, Q.dtype), Z, layout)
 
 
 def _pair_terms(result: BatchResult, uses: dict[int, Use], j: int, k: int) -> Iterator[PairTerm]:
@@ -302,16 +304,26 @@ def _pullback(
         for term in _pair_terms(result, uses, j, k)
     ]
     weights = [gradients[v] if v in gradients else jnp.zeros(avals[v].shape, avals[v].dtype) for v in variables]
-    read = {i for operation in plan.before for i in operation.inputs}
+    operations = _leading_to(plan.before, variables)
+    read = {i for operation in operations for i in operation.inputs}
     others = {i: environment[i] for i in {*plan.parameters, *read.intersection(plan.graph.constants)} - {root}}
     return Pullback(
         terms,
         environment[root],
         others,
         weights,
-        _weights(plan.before, root, tuple(variables)),
-        reverse_only=any(operation.name.startswith("custom_vjp") for operation in plan.before),
+        _weights(operations, root, tuple(variables)),
+        reverse_only=any(operation.name.startswith("custom_vjp") for operation in operations),
     )
+
+
+def _leading_to(operations: Sequence[Operation], variables: Sequence[int]) -> tuple[Operation, ...]:
+    needed, kept = set(variables), []
+    for operation in reversed(operations):
+        if needed.intersection(operation.outputs):
+            needed.update(operation.inputs)
+            kept.append(operation)
+    return tuple(reversed(kept))
 
 
 def _weights(

@@ -2,8 +2,8 @@
 
 A straight-through estimator, a reversed or a clipped gradient has no Hessian: `jax.hessian` differentiates the rule once
 and the value once, and what comes out is not symmetric. The sweep applies the rule on both sides, which is exact if and
-only if the rule is the value's derivative. So the rule is held against autodiff of the value at fixed points, in both
-magnitudes of the cotangent that tell a clipped one, before anything is computed.
+only if the rule is the value's derivative. So the rule is held against autodiff of the value before anything is computed:
+a sample, at numbers of both signs and two sizes, with cotangents of two sizes, which tell a clipped one.
 """
 
 import functools
@@ -44,7 +44,7 @@ def check_custom_derivatives(plan: Plan) -> None:
     for operation, comparisons in zip(candidates, results, strict=True):
         narrow = any(plan.graph.avals[i].dtype.itemsize < 4 for i in operation.inputs if i in plan.live)
         tolerance = 5e-2 if narrow else 1e-3
-        if comparisons is None or any(all(_equal(*pair, tolerance) for pair in pairs) for pairs in comparisons):
+        if comparisons is None or any(all(_equal(*c, tolerance) for c in group) for group in comparisons):
             continue
         name = operation.equation.params.get("name") or operation.name
         raise UnsupportedOperationError(
@@ -55,15 +55,20 @@ def check_custom_derivatives(plan: Plan) -> None:
         )
 
 
-Comparisons = list[list[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]]
+Comparison = tuple[Any, Sequence[np.ndarray], Sequence[np.ndarray]]
+Comparisons = list[list[Comparison]]
 
 
 def _run(plan: Plan, operations: Sequence[Operation]) -> list[Comparisons] | None:
-    """For each operation, point and size of the cotangent: what the rule and what the value's autodiff pull back."""
+    """For each operation, group of points and size of the cotangent, with a leading axis of points: whether the value is
+    finite there, what the rule and what the value's autodiff pull back."""
     points = [list(_points([plan.graph.avals[i] for i in operation.inputs])) for operation in operations]
 
     def pull_back(points: list[list[list[Array]]]) -> list[Any]:
-        return [[_both(plan, op, values) for values in of_op] for op, of_op in zip(operations, points, strict=True)]
+        return [
+            [jax.lax.map(functools.partial(_both, plan, op), group) for group in groups]
+            for op, groups in zip(operations, points, strict=True)
+        ]
 
     try:
         # Compiled and run on its own: the values of an enclosing trace would only be known later.
@@ -73,7 +78,7 @@ def _run(plan: Plan, operations: Sequence[Operation]) -> list[Comparisons] | Non
         return None
 
 
-def _both(plan: Plan, operation: Operation, values: Sequence[Array]) -> list[tuple[Sequence[Array], Sequence[Array]]]:
+def _both(plan: Plan, operation: Operation, values: Sequence[Array]) -> list[Any]:
     live = [i in plan.live for i in operation.inputs]
     body = body_of(operation.equation)
     assert body is not None
@@ -87,25 +92,29 @@ def _both(plan: Plan, operation: Operation, values: Sequence[Array]) -> list[tup
     _, value = jax.vjp(lambda *x: _floating(jaxpr_as_fun(body)(*fill(x))), *moving)
     cotangents = [jnp.asarray(_numbers(o.shape, 7 + n), o.dtype) for n, o in enumerate(outputs)]
     scaled = [[size * c for c in cotangents] for size in _COTANGENTS]
-    return [(rule(c), value(c)) for c in scaled]
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(o)) for o in outputs])) if outputs else True
+    return [(finite, rule(c), value(c)) for c in scaled]
 
 
-def _equal(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float) -> bool:
-    for a, b in zip(found, expected, strict=True):
-        scale = np.max(np.abs(np.nan_to_num(b)), initial=1e-30)
-        if np.max(np.abs(np.nan_to_num(a - b)), initial=0) > tolerance * scale:
-            return False
+def _equal(finite: Any, found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float) -> bool:
+    for point in np.flatnonzero(finite):
+        for a, b in zip(found, expected, strict=True):
+            known = np.isfinite(b[point])
+            scale = np.max(np.abs(b[point][known]), initial=1e-30)
+            if not np.all(np.abs(a - b)[point][known] <= tolerance * scale):
+                return False
     return True
 
 
 def _points(avals: Sequence[jax.ShapeDtypeStruct]) -> Iterator[list[np.ndarray]]:
-    """General numbers in (0.2, 0.8); where there are square matrices, also symmetric positive definite ones."""
+    """Groups of points, stacked, in one of which the two must agree throughout: general numbers, and where there are square
+    matrices, symmetric positive definite ones."""
     values = [_value(aval, n) for n, aval in enumerate(avals)]
-    yield values
+    yield [np.stack([size * v for size in (1, -1, 5, -5)]).astype(v.dtype) for v in values]
     square = [len(aval.shape) == 2 and aval.shape[0] == aval.shape[1] for aval in avals]
     if any(square):
         yield [
-            (v + v.T + 2 * len(v) * np.eye(len(v))).astype(v.dtype) if is_square else v
+            (v + v.T + 2 * len(v) * np.eye(len(v))).astype(v.dtype)[None] if is_square else v[None]
             for v, is_square in zip(values, square, strict=True)
         ]
 

@@ -66,7 +66,9 @@ class Graph:
 
 
 def body_of(equation: JaxprEqn) -> ClosedJaxpr | None:
-    """The function that a call-like operation calls."""
+    """The function that a call-like operation or one with a custom derivative calls; None for loops and all others."""
+    if equation.primitive.name not in _CALLS | _CUSTOM:
+        return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         body = equation.params.get(key)
         if isinstance(body, Jaxpr):
@@ -130,7 +132,7 @@ class _Builder:
         for equation in closed.jaxpr.eqns:
             operands = [read(atom) for atom in equation.invars]
             name, body = equation.primitive.name, body_of(equation)
-            if body is not None and (name in _CALLS or (name in _CUSTOM and _is_own_layer(body))):
+            if body is not None and (name in _CALLS or _is_own_layer(body)):
                 results = self.inline(body, operands, (*callers, equation))
             else:
                 results = [self.variable(v.aval) for v in equation.outvars]
@@ -145,6 +147,7 @@ def _operation(
     equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int], callers: tuple[JaxprEqn, ...]
 ) -> Operation:
     primitive, name = equation.primitive, equation.primitive.name
+    aval: Any = equation.invars[0].aval if equation.invars else None
 
     def apply(*values: Array) -> Sequence[Array]:
         bound = primitive.get_bind_params(equation.params)
@@ -155,7 +158,7 @@ def _operation(
 
     if name == "dot_general" and _fully_contracted(equation):
         return Operation(name, tuple(inputs), tuple(outputs), _swapped(equation), equation.params, equation, callers)
-    if name in _ACCURATE:
+    if name in _ACCURATE and jnp.issubdtype(aval.dtype, jnp.floating):
         accurate = _ACCURATE[name]
         return Operation(name, tuple(inputs), tuple(outputs), lambda y: [accurate(y)], {}, equation, callers)
     return Operation(name, tuple(inputs), tuple(outputs), apply, equation.params, equation, callers)

@@ -144,15 +144,8 @@ class ContractionOperator(CurvatureOperator):
         for array, of_array in others:
             arrays.append(array)
             names.append(of_array)
-        letters: dict[Hashable, str] = {}
-        for label in (merged.get(label, label) for of_array in names for label in of_array):
-            letters.setdefault(label, string.ascii_letters[len(letters)])
-
-        def spell(of_array: Labels) -> str:
-            return "".join(letters[merged.get(label, label)] for label in of_array)
-
-        formula = ",".join(spell(of_array) for of_array in names) + "->" + spell(result)
-        return self.factor * einsum(formula, *arrays, optimize="optimal")
+        merged_names = [tuple(merged.get(label, label) for label in of_array) for of_array in names]
+        return self.factor * contract(arrays, merged_names, tuple(merged.get(label, label) for label in result))
 
     def _twice(self, array: Array) -> Array:
         return 2 * array if self.symmetrised else array
@@ -160,6 +153,26 @@ class ContractionOperator(CurvatureOperator):
     def __repr__(self):
         shapes = ", ".join(shape_text(a) for a in self.operands)
         return describe(self, f"operands {shapes}", *(["symmetrised"] if self.symmetrised else []))
+
+
+def contract(operands: Sequence[Array], labels: Sequence[Labels], result: Labels) -> Array:
+    """The sum over every label but those of `result` of the product of the operands, at full precision.
+
+    Raises `InputError` if there are more labels than letters to spell them, 52.
+    """
+    distinct = dict.fromkeys(label for of_one in labels for label in of_one)
+    if len(distinct) > len(string.ascii_letters):
+        raise InputError(
+            f"A contraction of {len(operands)} arrays has {len(distinct)} axes, at most {len(string.ascii_letters)} are "
+            "possible. Merge axes of the parameter (reshape) that are used together."
+        )
+    letters = dict(zip(distinct, string.ascii_letters, strict=False))
+
+    def spell(of_array: Labels) -> str:
+        return "".join(letters[label] for label in of_array)
+
+    formula = ",".join(spell(of_array) for of_array in labels) + "->" + spell(result)
+    return einsum(formula, *operands, optimize="optimal")
 
 
 def _checked_sizes(operands: Sequence[Array], labels: tuple[Labels, ...]) -> dict[Hashable, int]:
@@ -172,8 +185,6 @@ def _checked_sizes(operands: Sequence[Array], labels: tuple[Labels, ...]) -> dic
         for label, size in zip(names, operand.shape, strict=True):
             if sizes.setdefault(label, size) != size:
                 raise InputError(f"ContractionOperator: label {label!r} has the sizes {sizes[label]} and {size}")
-    if len(sizes) > len(string.ascii_letters):
-        raise InputError(f"ContractionOperator: {len(sizes)} labels, at most {len(string.ascii_letters)} are possible")
     return sizes
 
 

@@ -19,7 +19,8 @@ _CHUNK_BYTES = 2**24
 
 
 class Inertia(NamedTuple):
-    """Number of positive, negative and zero eigenvalues of a symmetric operator, each a 0-d integer array."""
+    """Number of positive, negative and zero eigenvalues of a symmetric operator, each a 0-d integer array; -1 for all
+    three where the eigenvalues are NaN."""
 
     positive: Array
     negative: Array
@@ -94,4 +95,5 @@ def count_signs(eigenvalues: Float[Array, "k"], size: int, tolerance: Any = None
     if tolerance is None:
         tolerance = size * jnp.finfo(eigenvalues.dtype).eps * jnp.max(jnp.abs(eigenvalues), initial=0)
     positive, negative = jnp.sum(eigenvalues > tolerance), jnp.sum(eigenvalues < -tolerance)
-    return Inertia(positive, negative, size - positive - negative)
+    known = ~jnp.any(jnp.isnan(eigenvalues))
+    return Inertia(*(jnp.where(known, count, -1) for count in (positive, negative, size - positive - negative)))

@@ -8,7 +8,6 @@ array of the size of H_p is formed; f is the part of the user's function that de
 """
 
 import dataclasses
-import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from jaxhess._linalg import einsum
 from jaxhess._typing import Array
 from jaxhess.operators.base import CurvatureOperator
+from jaxhess.operators.contraction import contract
 from jaxhess.operators.mapped import (
     count_signs,
     dense_eigvalsh,
@@ -29,7 +28,7 @@ from jaxhess.operators.mapped import (
 )
 from jaxhess.operators.support import as_scalar, as_tags, check_operator_fits, check_vector, describe, scaled_tags
 
-__all__ = ["PairTerm", "Pullback", "contract"]
+__all__ = ["PairTerm", "Pullback"]
 
 Labels = tuple[int, ...]
 
@@ -56,18 +55,6 @@ class PairTerm:
 
     def _contract(self, result: Labels, vector: Array, names: Labels) -> Array:
         return contract((*self.operands, vector), (*self.labels, names), result)
-
-
-def contract(operands: Sequence[Array], labels: Sequence[Labels], result: Labels) -> Array:
-    """The sum over every label but those of `result` of the product of the operands, at full precision."""
-    distinct = dict.fromkeys(label for of_one in labels for label in of_one)
-    letters = dict(zip(distinct, string.ascii_letters, strict=False))
-
-    def spell(of_array: Labels) -> str:
-        return "".join(letters[label] for label in of_array)
-
-    formula = ",".join(spell(of_array) for of_array in labels) + "->" + spell(result)
-    return einsum(formula, *operands, optimize="optimal")
 
 
 class Pullback(CurvatureOperator):

@@ -62,12 +62,12 @@ def _body_is_componentwise(closed: ClosedJaxpr, live: Sequence[bool], shape: tup
         if body is not None:
             if not _body_is_componentwise(body, inputs, shape):
                 return False
-        elif equation.primitive.name not in _COMPONENTWISE | _WITHOUT_DERIVATIVE:
+        elif equation.primitive.name not in _COMPONENTWISE | _FLAGS_AND_STEPS:
             return False
     return all(atom.aval.shape == shape for atom in closed.jaxpr.outvars)
 
 
-_WITHOUT_DERIVATIVE = {
+_FLAGS_AND_STEPS = {
     "and", "ceil", "eq", "floor", "ge", "gt", "is_finite", "le", "lt", "ne", "not", "or", "round", "sign", "stop_gradient",
 }  # fmt: skip
 
