@@ -93,7 +93,8 @@ def value_grad_and_hessian(
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__"), updated=())
     def transformed(params: PyTree, *batch: PyTree) -> tuple[Array, PyTree, BlockDiagonal]:
-        return tuple(_call(fun, params, batch, batch_size, "hessian"))  # type: ignore[return-value]
+        result = _call(fun, params, batch, batch_size, "hessian")
+        return result.value, result.gradient, result.hessian
 
     return transformed
 
