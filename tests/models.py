@@ -28,6 +28,14 @@ def labels(n=4):
     return normal(100, EXAMPLES, n), jnp.arange(EXAMPLES) % 3
 
 
+@jax.custom_vjp
+def sine(x):
+    return jnp.sin(x)
+
+
+sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+
 @model
 def perceptron():
     def error(p, x, t):
@@ -177,12 +185,6 @@ def weight_in_products_and_elsewhere():
 
 @model
 def own_derivatives():
-    @jax.custom_vjp
-    def sine(x):
-        return jnp.sin(x)
-
-    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
-
     @jax.custom_jvp
     def squares(x):
         return jnp.sum(x**2)
@@ -278,12 +280,6 @@ def empty_parts():
 
 @model
 def custom_rule_on_a_weight():
-    @jax.custom_vjp
-    def sine(x):
-        return jnp.sin(x)
-
-    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
-
     def error(p, x, t):
         return jnp.sum((sine(p["v"]) @ jnp.tanh(sine(p["w"]) @ x) - t) ** 2)
 

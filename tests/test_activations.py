@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from jaxprs import equations
 
 from jaxhess import activations
 from jaxhess._typing import InputError
@@ -192,19 +193,10 @@ def test_operations_are_component_wise(f):
     """Every operation of value, derivatives and tangent maps has one shape throughout, and scalars only as literals."""
     y = jnp.ones(3)
     for function in (f, f.derivative, f.second_derivative, lambda y: jax.jvp(f, (y,), (y,))):
-        for equation in _equations(jax.make_jaxpr(function)(y).jaxpr):
+        for equation in equations(jax.make_jaxpr(function)(y).jaxpr):
             shapes = {v.aval.shape for v in equation.invars if not hasattr(v, "val")}
             assert shapes == {(3,)}, equation
             assert all(v.aval.shape == () for v in equation.invars if hasattr(v, "val"))
-
-
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for parameter in equation.params.values():
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
 
 
 # --- as_activation

@@ -20,7 +20,7 @@ from jaxhess.engine import kinds
 from jaxhess.engine.batch import BatchResult
 from jaxhess.engine.plan import Leaf, Plan
 from jaxhess.engine.sweep import evaluate
-from jaxhess.engine.trace import Operation
+from jaxhess.engine.trace import Operation, leading_to
 from jaxhess.engine.views import View
 from jaxhess.operators import (
     ContractionOperator,
@@ -304,7 +304,7 @@ def _pullback(
         for term in _pair_terms(result, uses, j, k)
     ]
     weights = [gradients[v] if v in gradients else jnp.zeros(avals[v].shape, avals[v].dtype) for v in variables]
-    operations = _leading_to(plan.before, variables)
+    operations = tuple(leading_to(plan.before, variables))
     read = {i for operation in operations for i in operation.inputs}
     others = {i: environment[i] for i in {*plan.parameters, *read.intersection(plan.graph.constants)} - {root}}
     return Pullback(
@@ -315,15 +315,6 @@ def _pullback(
         _weights(operations, root, tuple(variables)),
         reverse_only=any(operation.name.startswith("custom_vjp") for operation in operations),
     )
-
-
-def _leading_to(operations: Sequence[Operation], variables: Sequence[int]) -> tuple[Operation, ...]:
-    needed, kept = set(variables), []
-    for operation in reversed(operations):
-        if needed.intersection(operation.outputs):
-            needed.update(operation.inputs)
-            kept.append(operation)
-    return tuple(reversed(kept))
 
 
 def _weights(

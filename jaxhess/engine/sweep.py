@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from jaxhess._linalg import check_dense_fits
+from jaxhess._linalg import available_bytes, check_dense_fits
 from jaxhess._typing import Array, DenseTooLargeError, UnsupportedOperationError
 from jaxhess.engine.kinds import Dense, Diagonal, Kind, add, transpose
 from jaxhess.engine.plan import Leaf, Step
@@ -64,7 +64,7 @@ class _State:
         relevant: Callable[[int, int], bool],
         copies: int,
     ) -> None:
-        self.graph, self.leaves, self.relevant, self.copies = graph, leaves, relevant, copies
+        self.graph, self.steps, self.leaves, self.relevant, self.copies = graph, steps, leaves, relevant, copies
         contraction = {step.leaf: step.operations[0] for step in steps if step.leaf is not None}
         self.outputs = {n: operation.outputs[0] for n, operation in contraction.items()}
         self.inputs = {n: operation.inputs[1 - (leaves[n].operand or 0)] for n, operation in contraction.items()}
@@ -98,6 +98,15 @@ class _State:
             kind = self.curvature.pop((a, b))
             taken[a if b == variable else b] = kind if b == variable else transpose(kind)
         return taken
+
+    def roots(self, variable: int) -> frozenset[int]:
+        """The parameters that a variable depends on."""
+        reached: dict[int, frozenset[int]] = {v: self.leaves[n].roots for v, n in self.number.items()}
+        for step in self.steps:
+            sources = [reached.get(i, frozenset()) for i in step.inputs]
+            sources += [self.leaves[step.leaf].roots] if step.leaf is not None else []
+            reached |= dict.fromkeys(step.outputs, frozenset().union(*sources))
+        return reached.get(variable, frozenset())
 
     def size(self, variable: int) -> int:
         """Number of components of a variable, a probe or an input row."""
@@ -192,11 +201,15 @@ def _itemsize(kind: Kind) -> int:
 
 
 def _guard(state: _State, step: Step, a: int, b: int, itemsize: int) -> None:
+    rows, columns = state.copies * state.size(a), state.size(b)
+    if rows * columns * itemsize <= available_bytes():
+        return
     operation = step.operations[-1]
+    names = ", ".join(sorted(state.graph.names[root] for root in state.roots(a) | state.roots(b)))
     check_dense_fits(
-        f"curvature of {operation.name} at {operation.where}, for {state.copies} examples at once",
-        state.copies * state.size(a),
-        state.size(b),
+        f"curvature with respect to {names}, of {operation.name} at {operation.where}, for {state.copies} examples at once",
+        rows,
+        columns,
         itemsize,
         "Use fewer examples at once (batch_size=), or write the parameter's use as a product with its input.",
     )

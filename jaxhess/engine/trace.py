@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxhess import activations
 from jaxhess._typing import Array, InputError, PyTree
 
-__all__ = ["Graph", "Operation", "body_of", "trace"]
+__all__ = ["Graph", "Operation", "body_of", "leading_to", "trace"]
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "xla_call"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -56,13 +56,24 @@ class Operation:
 
 @dataclasses.dataclass
 class Graph:
-    """Operations in order of evaluation; `avals` and `constants` by the variables' numbers."""
+    """Operations in order of evaluation; `avals`, `constants` and the parameters' `names` by the variables' numbers."""
 
     operations: list[Operation]
     inputs: list[int]
     output: int
     avals: dict[int, jax.ShapeDtypeStruct]
     constants: dict[int, Array]
+    names: dict[int, str]
+
+
+def leading_to(operations: Sequence[Operation], variables: Sequence[int]) -> list[Operation]:
+    """Those of the operations that the variables depend on, in order."""
+    needed, kept = set(variables), []
+    for operation in reversed(operations):
+        if needed.intersection(operation.outputs):
+            needed.update(operation.inputs)
+            kept.append(operation)
+    return kept[::-1]
 
 
 def body_of(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -100,7 +111,7 @@ class _Builder:
         self.constants[number] = value
         return number
 
-    def broadcast(self, number: int, shape: tuple[int, ...], equation: JaxprEqn) -> int:
+    def broadcast(self, number: int, shape: tuple[int, ...], equation: JaxprEqn, callers: tuple[JaxprEqn, ...]) -> int:
         """The operand in the result's shape: recent releases of JAX leave the stretching of axes to the operation."""
         own = self.avals[number]
         if own.shape == shape or number in self.constants:
@@ -115,6 +126,7 @@ class _Builder:
                 lambda x: [jax.lax.broadcast_in_dim(x, shape, axes)],
                 {"broadcast_dimensions": axes, "shape": shape},
                 equation,
+                callers,
             )
         )
         return output
@@ -137,7 +149,7 @@ class _Builder:
             else:
                 results = [self.variable(v.aval) for v in equation.outvars]
                 if name in _BROADCASTING:
-                    operands = [self.broadcast(i, self.avals[results[0]].shape, equation) for i in operands]
+                    operands = [self.broadcast(i, self.avals[results[0]].shape, equation, callers) for i in operands]
                 self.operations.append(_operation(equation, operands, results, callers))
             environment |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
@@ -189,9 +201,14 @@ def trace(fun: Callable[..., Array], params: PyTree, example: tuple[PyTree, ...]
         InputError: if the result is not one real floating-point scalar.
     """
     name = getattr(fun, "__name__", repr(fun))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in leaves]
     try:
         with jax.default_matmul_precision("highest"):
             closed, shape = jax.make_jaxpr(fun, return_shape=True)(params, *example)
+    except InputError as error:
+        found = ", ".join(f"{path} {leaf.shape}" for path, (_, leaf) in zip(names, leaves, strict=True))
+        raise InputError(f"{error}. In {name}, with the parameters {found}") from error
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -211,9 +228,5 @@ def trace(fun: Callable[..., Array], params: PyTree, example: tuple[PyTree, ...]
     builder = _Builder()
     inputs = [builder.variable(v.aval) for v in closed.jaxpr.invars]
     (output,) = builder.inline(closed, inputs)
-    operations, needed = [], {output}
-    for operation in reversed(builder.operations):
-        if needed.intersection(operation.outputs):
-            needed.update(operation.inputs)
-            operations.append(operation)
-    return Graph(operations[::-1], inputs, output, builder.avals, builder.constants)
+    operations = leading_to(builder.operations, [output])
+    return Graph(operations, inputs, output, builder.avals, builder.constants, dict(zip(inputs, names, strict=False)))

@@ -75,6 +75,8 @@ class BlockDiagonal(StructuredOperator):
         return jax.tree.unflatten(structure, results)
 
     def as_matrix(self):
+        for path, operator in self.items():
+            check_operator_fits(operator, f" of {path!r}")
         check_operator_fits(self)
         return jax.scipy.linalg.block_diag(*(operator.as_matrix() for operator in self._operators()))
 

@@ -96,10 +96,10 @@ def check_same_structure(first: Any, second: Any) -> None:
             )
 
 
-def check_operator_fits(operator: Any, instead: str = "mv, diagonal(), trace() or frobenius_norm()") -> None:
+def check_operator_fits(operator: Any, name: str = "", instead: str = "mv, diagonal(), trace() or frobenius_norm()") -> None:
     """Raise `DenseTooLargeError` unless the dense form fits in memory."""
     check_dense_fits(
-        type(operator).__name__,
+        f"{type(operator).__name__}{name}",
         operator.out_size(),
         operator.in_size(),
         itemsize(operator),

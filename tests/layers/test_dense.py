@@ -226,7 +226,7 @@ def test_other_refusals():
         jax.grad(lambda a: dense(W, b, z, lambda y: a * y).sum())(1.0)
 
     class Unhashable:
-        __hash__ = None  # type: ignore[assignment]
+        __hash__ = None
 
         def __call__(self, y):
             return y
