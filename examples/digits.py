@@ -183,7 +183,7 @@ def draw(studies, accuracy, path):
         image = above.imshow(
             pooled(s["matrix"]),
             cmap="RdBu_r",
-            norm=SymLogNorm(linthresh=largest * 1e-2, vmin=-largest, vmax=largest),
+            norm=SymLogNorm(linthresh=10.0 ** np.ceil(np.log10(largest) - 2), vmin=-largest, vmax=largest),
             extent=(0, size, size, 0),
             interpolation="nearest",
         )
