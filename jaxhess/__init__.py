@@ -1,6 +1,6 @@
 """Exact Hessians of neural networks in JAX, as structured linear operators."""
 
-from jaxhess import activations, losses, naumov2017, operators, test_util
+from jaxhess import activations, bounds, losses, naumov2017, operators, test_util
 from jaxhess.activations import (
     elu,
     gelu,
@@ -14,11 +14,12 @@ from jaxhess.activations import (
     softplus,
     tanh,
 )
-from jaxhess.layers import dense
+from jaxhess.layers import dense, recurrent
 from jaxhess.transforms import factored_gradient, hessian, value_grad_and_hessian
 
 __all__ = [
     "activations",
+    "bounds",
     "dense",
     "elu",
     "factored_gradient",
@@ -30,6 +31,7 @@ __all__ = [
     "losses",
     "naumov2017",
     "operators",
+    "recurrent",
     "relu",
     "sigmoid",
     "silu",

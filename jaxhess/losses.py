@@ -7,7 +7,8 @@ A loss enters the recursions through two quantities only (Theorem 1 corrected):
 For the paper's squared error `E = ||z* - z||^2 / 2` (equation 12) they are `z - z*` (equation 23) and the identity
 (equation 39). Every loss here computes both in forms that stay right under saturation, also when they come out of
 `jax.grad` and `jax.hessian` of the loss or of a network under it. Separable losses are sums of a component-wise
-function with its own first and second derivative, as activations are; softmax cross entropy is in `_softmax.py`.
+function with its own first and second derivative, as activations are; softmax cross entropy is in `_softmax.py`, the
+sum over a sequence in `_sequence.py`.
 
 Outputs of half precision are promoted to float32 first, so their loss and its curvature are float32.
 """
@@ -22,6 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhess import _componentwise as forms
 from jaxhess import _softmax
+from jaxhess._sequence import over_time
 from jaxhess._typing import Array, InputError, Shaped
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "gaussian",
     "huber",
     "make_huber",
+    "over_time",
     "poisson",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
@@ -166,8 +169,8 @@ def _separable(name: str, value: Binary, slope: Binary, curvature: Binary) -> Lo
         return output, _target_like(name, output, target, output.shape)
 
     def hessian(output: Array, target: Array) -> Array:
-        output, target = check(output, target)
-        return _diagonal(curvature(output, target))
+        entries = curvature(*check(output, target))
+        return jnp.diag(entries.reshape(-1)).reshape(entries.shape + entries.shape)
 
     return Loss(
         lambda output, target: jnp.sum(component(*check(output, target))),
@@ -175,10 +178,6 @@ def _separable(name: str, value: Binary, slope: Binary, curvature: Binary) -> Lo
         hessian,
         name,
     )
-
-
-def _diagonal(entries: Array) -> Array:
-    return jnp.diag(entries.reshape(-1)).reshape(entries.shape + entries.shape)
 
 
 squared_error = _separable(

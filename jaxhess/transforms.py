@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxhess._backend import warn_of_wrong_sums
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.engine import kinds
 from jaxhess.engine.assemble import block, factored, structured_gradients
 from jaxhess.engine.batch import BatchResult, sweep_batch
 from jaxhess.engine.custom import check_custom_derivatives
+from jaxhess.engine.graph import evaluate
 from jaxhess.engine.plan import Leaf, Plan, make_plan
-from jaxhess.engine.sweep import evaluate, sweep
+from jaxhess.engine.sweep import sweep
 from jaxhess.engine.trace import trace
 from jaxhess.operators import BlockDiagonal
 
@@ -130,6 +132,7 @@ class _Result(NamedTuple):
 
 
 def _call(fun: Error, params: PyTree, batch: tuple[PyTree, ...], batch_size: int | None, what: str) -> _Result:
+    warn_of_wrong_sums()
     params = _check_parameters(params)
     batch, examples = _check_batch(fun, batch)
     return _evaluate(fun, params, batch, examples, batch_size, what)
@@ -226,7 +229,7 @@ def _parameter_gradients(
 def _own_curvature(plan: Plan, result: BatchResult, environment: dict[int, Array]) -> dict[int, kinds.Kind]:
     """The parameters' curvature outside structured uses, carried from the frontier to the parameters."""
     leaves = _root_leaves(plan)
-    seeds = {plan.leaves[n].variable: g for n, g in result.gradients.items()}
+    seeds = {plan.leaves[n].variable: g for n, g in result.gradients.items() if not plan.leaves[n].implicit}
     curvatures = {(plan.leaves[j].variable, plan.leaves[k].variable): kind for (j, k), kind in result.means.items()}
     swept = sweep(plan.graph, plan.before_steps, leaves, environment, seeds, curvatures, _shares_parameter(leaves))
     return {j: kind for (j, k), kind in swept.curvatures.items() if j == k}

@@ -348,7 +348,7 @@ def test_bad_options_are_refused():
 
 def test_what_has_no_derivative_is_refused_with_its_place():
     def error(w, x):
-        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(w @ s[1])), (0, x))[1].sum()
+        return jax.lax.while_loop(lambda y: y.sum() > 1, lambda y: jnp.tanh(w @ y) / 3, x).sum()
 
     with pytest.raises(NotImplementedError, match=r"while at .*test_transforms.py:\d+ .*error\)"):
         jaxhess.hessian(error)(jnp.ones((3, 3)), jnp.ones((2, 3)))
@@ -440,10 +440,10 @@ def test_computing_in_bfloat16_inside():
 
 def test_second_derivatives_that_would_not_fit_are_refused():
     def error(w, x):
-        return jnp.sum(jax.lax.scan(lambda h, _: (jnp.tanh(w @ h), None), x, None, length=2)[0])
+        return jnp.sum(jax.lax.cond(x[0] > 0, lambda: jnp.tanh(w @ x), lambda: jnp.sin(w @ x)))
 
     shapes = jax.ShapeDtypeStruct((400, 400), jnp.float64), jax.ShapeDtypeStruct((1, 400), jnp.float64)
-    with pytest.raises(MemoryError, match=r"scan at .*160000 x 160000"):
+    with pytest.raises(MemoryError, match=r"cond at .*160000 x 160000"):
         jax.eval_shape(jaxhess.hessian(error), *shapes)
 
 

@@ -10,7 +10,7 @@ are averaged matrices, which the sweep has carried to the parameter already.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import lineax as lx
@@ -18,9 +18,8 @@ import lineax as lx
 from jaxhess._typing import Array
 from jaxhess.engine import kinds
 from jaxhess.engine.batch import BatchResult
+from jaxhess.engine.graph import Operation, evaluate, leading_to, nested
 from jaxhess.engine.plan import Leaf, Plan
-from jaxhess.engine.sweep import evaluate
-from jaxhess.engine.trace import Operation, leading_to
 from jaxhess.engine.views import View
 from jaxhess.operators import (
     ContractionOperator,
@@ -33,64 +32,46 @@ from jaxhess.operators import (
     OperatorSum,
 )
 from jaxhess.operators.contraction import contract
-from jaxhess.operators.pullback import PairTerm, Pullback
+from jaxhess.operators.implicit import ImplicitKroneckerSum, ImplicitTerm, ImplicitUse
+from jaxhess.operators.pullback import Pullback
+from jaxhess.operators.uses import EXAMPLE, PairTerm, Use, pair_terms
 
 __all__ = ["block", "factored", "structured_gradients"]
 
-_EXAMPLE = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """The labels of one use of a parameter or a frontier variable.
-
-    `weight` labels the axes of `view.sizes`; `output` and `input` those of y and z after their reshape to `output_sizes`
-    and `input_sizes`. `input` is None where the use is no contraction (z = 1). Axes of length 1 of z that are not summed
-    over have no label.
-    """
-
-    leaf: Leaf
-    view: View
-    weight: tuple[int, ...]
-    output: tuple[int, ...]
-    output_sizes: tuple[int, ...]
-    input: tuple[int, ...] | None
-    input_sizes: tuple[int, ...]
-    positions: tuple[int, ...]
-
 
 def _use(plan: Plan, leaf: Leaf, view: View, first_label: int) -> Use:
-    """The use, with labels from `first_label` on."""
+    """The use, with labels from `first_label` on; the loops around it are its first positions."""
     weight = tuple(range(first_label, first_label + len(view.sizes)))
     size = dict(zip(weight, view.sizes, strict=True))
     axes = [tuple(weight[atom] for atom in axis) for axis in view.axes]
-    if leaf.operand is None:
+    if leaf.operation is None:
         output = tuple(label for axis in axes for label in axis)
-        return Use(leaf, view, weight, output, tuple(size[i] for i in output), None, (), ())
-    (operation,) = plan.steps[leaf.step].operations
-    contracting, batching = operation.params["dimension_numbers"]
+        return Use(weight, view.sizes, output, tuple(size[i] for i in output), None, (), ())
+    contracting, batching = leaf.operation.params["dimension_numbers"]
     mine, other = leaf.operand, 1 - leaf.operand
-    shape = plan.graph.avals[operation.inputs[other]].shape
+    shape = plan.graph.avals[leaf.input].shape
     label_of: dict[int, tuple[int, ...]] = {}
     for pairs in (contracting, batching):
         label_of |= {theirs: axes[ours] for ours, theirs in zip(pairs[mine], pairs[other], strict=True)}
+    looped = tuple(range(first_label + len(weight), first_label + len(weight) + len(leaf.places)))
+    size |= dict(zip(looped, leaf.places, strict=True))
     positions = []
     for axis, length in enumerate(shape):
         if axis not in label_of and length == 1:
             label_of[axis] = ()
         elif axis not in label_of:
-            label = first_label + len(weight) + len(positions)
+            label = first_label + len(weight) + len(looped) + len(positions)
             label_of[axis], size[label] = (label,), length
             positions.append(label)
-    inputs = [label for axis in range(len(shape)) for label in label_of[axis]]
+    inputs = [*looped, *(label for axis in range(len(shape)) for label in label_of[axis])]
     bound = {*contracting[mine], *batching[mine]}
     free = [label for axis, labels in enumerate(axes) if axis not in bound for label in labels]
     moving = list(positions)
-    outputs = [label for ours in batching[mine] for label in axes[ours]]
+    outputs = [*looped, *(label for ours in batching[mine] for label in axes[ours])]
     outputs += free + moving if mine == 0 else moving + free
     return Use(
-        leaf, view, weight, tuple(outputs), tuple(size[i] for i in outputs), tuple(inputs), tuple(size[i] for i in inputs),
-        tuple(positions),
+        weight, view.sizes, tuple(outputs), tuple(size[i] for i in outputs), tuple(inputs), tuple(size[i] for i in inputs),
+        (*looped, *positions),
     )  # fmt: skip
 
 
@@ -101,11 +82,11 @@ def structured_gradients(plan: Plan, result: BatchResult) -> dict[int, Array]:
     for number, G in result.outputs.items():
         leaf = plan.leaves[number]
         shape = plan.graph.avals[leaf.variable].shape
-        use = _use(plan, leaf, View.of(leaf.variable, shape), _EXAMPLE + 1)
+        use = _use(plan, leaf, View.of(leaf.variable, shape), EXAMPLE + 1)
         assert use.input is not None
         G = G.reshape(result.examples, *use.output_sizes)
         Z = result.inputs[number].reshape(result.examples, *use.input_sizes)
-        gradient = contract((G, Z), ((_EXAMPLE, *use.output), (_EXAMPLE, *use.input)), use.weight) / result.examples
+        gradient = contract((G, Z), ((EXAMPLE, *use.output), (EXAMPLE, *use.input)), use.weight) / result.examples
         gradients[leaf.variable] = gradients[leaf.variable] + gradient if leaf.variable in gradients else gradient
     return gradients
 
@@ -121,19 +102,24 @@ def block(
     """The Hessian block of one parameter; `own` is its curvature outside structured uses, `gradients` those of
     `structured_gradients`."""
     shape, dtype = plan.graph.avals[root].shape, plan.graph.avals[root].dtype
+    members = {n for n, leaf in enumerate(plan.leaves) if root in leaf.roots}
+    implicit = sorted(n for n in members if plan.leaves[n].implicit)
+    if implicit and result.implicit is not None:
+        return _implicit(plan, result, environment, root, implicit, gradients)
     terms: list[CurvatureOperator] = []
     if isinstance(own, kinds.Diagonal):
         terms.append(Diagonal(own.values.reshape(shape)))
     elif own is not None:
         terms.append(Dense(own.matrix, shape))
-    members = {n for n, leaf in enumerate(plan.leaves) if root in leaf.roots}
     both = [*result.curvatures, *((min(pair), max(pair)) for pair in result.sensitivities)]
     pairs = [pair for pair in dict.fromkeys(both) if members.issuperset(pair)]
     derived = {n for n in members & set(result.outputs) if _view_of(plan, n, root) is None}
     involved = sorted(derived.union(*pairs))
     views = {n: view for n in involved if (view := _view_of(plan, n, root)) is not None}
     if len(views) < len(involved) or len({view.sizes for view in views.values()}) > 1:
-        terms.append(_pullback(plan, result, environment, root, involved, pairs, gradients))
+        variables = list(dict.fromkeys(plan.leaves[n].variable for n in involved))
+        derived_terms = _derived_terms(plan, result, involved, variables, pairs)
+        terms.append(_pullback(plan, environment, root, variables, derived_terms, gradients))
     elif pairs:
         terms += _direct_terms(plan, result, environment, views, pairs, shape)
     if not terms:
@@ -150,7 +136,7 @@ def factored(plan: Plan, result: BatchResult, root: int) -> LowRank | None:
         view = _view_of(plan, n, root)
         if len(shape) != 2 or n not in result.outputs or view is None or view.sizes != shape or view.factors:
             return None
-        use = _use(plan, plan.leaves[n], view, _EXAMPLE + 1)
+        use = _use(plan, plan.leaves[n], view, EXAMPLE + 1)
         assert use.input is not None
         sides_of = [set(use.weight).intersection(labels) for labels in (use.output, use.input)]
         if [len(side) for side in sides_of] != [1, 1] or sides_of[0] == sides_of[1]:
@@ -160,8 +146,8 @@ def factored(plan: Plan, result: BatchResult, root: int) -> LowRank | None:
         sides = {}
         for array, labels in ((G / result.examples, use.output), (Z, use.input)):
             (axis,) = [label for label in labels if label in use.weight]
-            ordered = (_EXAMPLE, *use.positions, axis)
-            moved = jnp.transpose(array, [(_EXAMPLE, *labels).index(label) for label in ordered])
+            ordered = (EXAMPLE, *use.positions, axis)
+            moved = jnp.transpose(array, [(EXAMPLE, *labels).index(label) for label in ordered])
             sides[axis] = moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]).T
         lefts.append(sides[use.weight[0]])
         rights.append(sides[use.weight[1]])
@@ -177,10 +163,10 @@ def _view_of(plan: Plan, leaf: int, root: int) -> View | None:
 
 def _number_uses(plan: Plan, views: dict[int, View]) -> dict[int, Use]:
     uses: dict[int, Use] = {}
-    label = _EXAMPLE + 1
+    label = EXAMPLE + 1
     for n, view in views.items():
         uses[n] = _use(plan, plan.leaves[n], view, label)
-        label += len(uses[n].weight) + len(uses[n].positions)
+        label += uses[n].labels
     return uses
 
 
@@ -201,14 +187,14 @@ def _direct_terms(
     shape: tuple[int, ...],
 ) -> list[CurvatureOperator]:
     uses = _number_uses(plan, views)
-    single = _kronecker(result, environment, uses, pairs, shape)
+    single = _kronecker(result, environment, views, uses, pairs, shape)
     if single is not None:
         return [single]
     terms: list[CurvatureOperator] = []
     for j, k in pairs:
-        scales = [s for s in (_scale(uses[n].view, environment) for n in (j, k)) if s is not None]
+        scales = [s for s in (_scale(views[n], environment) for n in (j, k)) if s is not None]
         factor = math.prod(scales, start=jnp.ones(())) / result.examples
-        for term in _pair_terms(result, uses, j, k):
+        for term in pair_terms(uses, result.outputs, result.inputs, result.curvatures, result.sensitivities, j, k):
             tags = () if term.symmetrised else lx.symmetric_tag
             terms.append(
                 ContractionOperator(
@@ -222,6 +208,7 @@ def _direct_terms(
 def _kronecker(
     result: BatchResult,
     environment: dict[int, Array],
+    views: dict[int, View],
     uses: dict[int, Use],
     pairs: Sequence[tuple[int, int]],
     shape: tuple[int, ...],
@@ -237,72 +224,79 @@ def _kronecker(
     m, n_inputs = math.prod(use.output_sizes), math.prod(use.input_sizes)
     Q = result.curvatures[n, n].reshape(result.examples, m, m)
     Z = result.inputs[n].reshape(result.examples, n_inputs)
-    scale = _scale(use.view, environment)
-    layout = Layout(shape, use.view.sizes, rows, columns)
+    scale = _scale(views[n], environment)
+    layout = Layout(shape, use.weight_sizes, rows, columns)
     return KroneckerProductSum(Q if scale is None else Q * jnp.asarray(scale**2, Q.dtype), Z, layout)
 
 
-def _pair_terms(result: BatchResult, uses: dict[int, Use], j: int, k: int) -> Iterator[PairTerm]:
-    """The terms of a pair of uses; `PairTerm.pair` holds the leaves' numbers."""
-    r = result.examples
-    mine, other = uses[j], uses[k]
-    if j == k:
-        other = _relabelled(mine, 1 + max((0, *mine.weight, *mine.positions)))
-    if (j, k) in result.curvatures:
-        Q = result.curvatures[j, k].reshape(r, *mine.output_sizes, *other.output_sizes)
-        operands, labels = [Q], [(_EXAMPLE, *mine.output, *other.output)]
-        for n, use in ((j, mine), (k, other)):
-            if use.input is not None:
-                operands.append(result.inputs[n].reshape(r, *use.input_sizes))
-                labels.append((_EXAMPLE, *use.input))
-        yield PairTerm(tuple(operands), tuple(labels), mine.weight, other.weight, (j, k), j != k)
-    for (a, left), (b, right) in (((j, mine), (k, other)), ((k, other), (j, mine))):
-        if (a, b) not in result.sensitivities or left.input is None:
-            continue
-        S = result.sensitivities[a, b].reshape(r, *left.input_sizes, *right.output_sizes)
-        operands = [result.outputs[a].reshape(r, *left.output_sizes), S]
-        labels = [(_EXAMPLE, *left.output), (_EXAMPLE, *left.input, *right.output)]
-        if right.input is not None:
-            operands.append(result.inputs[b].reshape(r, *right.input_sizes))
-            labels.append((_EXAMPLE, *right.input))
-        yield PairTerm(tuple(operands), tuple(labels), left.weight, right.weight, (a, b), True)
-
-
-def _relabelled(use: Use, offset: int) -> Use:
-    def shift(labels: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(label + offset for label in labels)
-
-    return dataclasses.replace(
-        use,
-        weight=shift(use.weight),
-        output=shift(use.output),
-        input=None if use.input is None else shift(use.input),
-        positions=shift(use.positions),
-    )
-
-
-def _pullback(
+def _implicit(
     plan: Plan,
     result: BatchResult,
     environment: dict[int, Array],
     root: int,
     involved: Sequence[int],
-    pairs: Sequence[tuple[int, int]],
     gradients: dict[int, Array],
-) -> Pullback:
+) -> CurvatureOperator:
+    """The block of a parameter that leads into a loop."""
+    known = {n: view for n in involved if (view := _view_of(plan, n, root)) is not None}
+    direct = len(known) == len(involved)
     variables = list(dict.fromkeys(plan.leaves[n].variable for n in involved))
+    uses = [
+        ImplicitUse(
+            None if n not in result.outputs else result.outputs[n].reshape(result.examples, *use.output_sizes),
+            None if n not in result.inputs else result.inputs[n].reshape(result.examples, *use.input_sizes),
+            use,
+            key=n,
+            place=place if direct else variables.index(plan.leaves[n].variable),
+            sensitive=plan.leaves[n].structured and plan.leaves[n].sensitive,
+        )
+        for place, (n, use) in enumerate(_number_uses(plan, known if direct else _own_views(plan, involved)).items())
+    ]
+    assert result.implicit is not None
+    assert result.implicit.linear is not None
+    term = ImplicitTerm(result.implicit.linear, tuple(uses), result.implicit.shapes, result.examples)
+    if direct:
+        one = jnp.ones((), plan.graph.avals[root].dtype)
+        scales = [one if (scale := _scale(known[n], environment)) is None else scale * one for n in involved]
+        return ImplicitKroneckerSum(term, scales, plan.graph.avals[root].shape)
+    total = dict(gradients)
+    for n in involved:
+        if n in result.gradients:
+            variable = plan.leaves[n].variable
+            total[variable] = total[variable] + result.gradients[n] if variable in total else result.gradients[n]
+    return _pullback(plan, environment, root, variables, [term], total)
+
+
+def _own_views(plan: Plan, leaves: Sequence[int]) -> dict[int, View]:
+    variables = {n: plan.leaves[n].variable for n in leaves}
+    return {n: View.of(variable, plan.graph.avals[variable].shape) for n, variable in variables.items()}
+
+
+def _derived_terms(
+    plan: Plan, result: BatchResult, involved: Sequence[int], variables: Sequence[int], pairs: Sequence[tuple[int, int]]
+) -> list[PairTerm]:
     place = {n: variables.index(plan.leaves[n].variable) for n in involved}
-    avals = plan.graph.avals
-    uses = _number_uses(plan, {n: View.of(plan.leaves[n].variable, avals[plan.leaves[n].variable].shape) for n in involved})
-    terms = [
+    uses = _number_uses(plan, _own_views(plan, involved))
+    return [
         dataclasses.replace(
             term,
             operands=(term.operands[0] / result.examples, *term.operands[1:]),
             pair=(place[term.pair[0]], place[term.pair[1]]),
         )
         for j, k in pairs
-        for term in _pair_terms(result, uses, j, k)
+        for term in pair_terms(uses, result.outputs, result.inputs, result.curvatures, result.sensitivities, j, k)
     ]
+
+
+def _pullback(
+    plan: Plan,
+    environment: dict[int, Array],
+    root: int,
+    variables: Sequence[int],
+    terms: Sequence[PairTerm | ImplicitTerm],
+    gradients: dict[int, Array],
+) -> Pullback:
+    avals = plan.graph.avals
     weights = [gradients[v] if v in gradients else jnp.zeros(avals[v].shape, avals[v].dtype) for v in variables]
     operations = tuple(leading_to(plan.before, variables))
     read = {i for operation in operations for i in operation.inputs}
@@ -313,7 +307,7 @@ def _pullback(
         others,
         weights,
         _weights(operations, root, tuple(variables)),
-        reverse_only=any(operation.name.startswith("custom_vjp") for operation in operations),
+        reverse_only=any(operation.name.startswith("custom_vjp") for operation, _ in nested(operations)),
     )
 
 

@@ -1,7 +1,8 @@
 """The sweep over every example of a batch, in chunks that bound the memory.
 
 What belongs to structured uses is kept for each example (`KroneckerProductSum` and its kin are made of it); everything
-else is averaged on the way.
+else is averaged on the way. What the plan leaves implicit comes first, for all examples at once: it is no larger than they
+are, and gives the sweep the values that it starts from.
 """
 
 import dataclasses
@@ -13,18 +14,23 @@ import jax.numpy as jnp
 
 from jaxhess._typing import Array
 from jaxhess.engine import kinds
+from jaxhess.engine.graph import evaluate
+from jaxhess.engine.implicit import Implicit, differentiate
 from jaxhess.engine.kinds import Dense, Diagonal, Kind
 from jaxhess.engine.plan import Plan
-from jaxhess.engine.sweep import evaluate, sweep
+from jaxhess.engine.sweep import sweep
 
 __all__ = ["BatchResult", "sweep_batch"]
+
+Part = dict[int, Array]
 
 
 @dataclasses.dataclass
 class BatchResult:
     """By the leaves' numbers. `outputs[j]` (r, *y.shape) holds g_j and `inputs[j]` (r, *z.shape) holds z_j of structured
     uses; `curvatures[j, k]` (r, size y_j, size y_k) holds Q_jk where one of the two is structured; `sensitivities[j, k]`
-    (r, size z_j, size y_k). `gradients[j]` and `means[j, k]` are the averages for the other leaves."""
+    (r, size z_j, size y_k). `gradients[j]` and `means[j, k]` are the averages for the other leaves. Implicit leaves have
+    outputs, inputs and gradients, and all their curvature in `implicit`."""
 
     value: Array
     examples: int
@@ -34,6 +40,7 @@ class BatchResult:
     inputs: dict[int, Array]
     curvatures: dict[tuple[int, int], Array]
     sensitivities: dict[tuple[int, int], Array]
+    implicit: Implicit | None = None
 
 
 def sweep_batch(
@@ -47,33 +54,60 @@ def sweep_batch(
     second_order: bool,
 ) -> BatchResult:
     """Sweep over all examples. `environment` holds the frontier's values, `batch` the arrays (r, ...) in graph order."""
+    arrays = dict(zip(plan.graph.inputs[len(plan.parameters) :], batch, strict=True))
+    implicit = None
+    if len(plan.explicit) < len(plan.leaves):
+        read = {i for step in plan.steps for operation in step.operations for i in operation.inputs}
+        wanted = sorted({*read, plan.graph.output} - {*plan.frontier, *plan.graph.constants, *arrays})
+        implicit = differentiate(plan, environment, batch, examples, wanted, second_order=second_order)
+        arrays |= implicit.values
+    result = _sweep_batch(plan, environment, arrays, examples, batch_size, relevant, second_order=second_order)
+    if implicit is not None:
+        result.outputs |= implicit.outputs
+        result.inputs |= implicit.inputs
+        result.gradients |= {n: g / examples for n, g in implicit.gradients.items()}
+        result.implicit = implicit
+    return result
+
+
+def _sweep_batch(
+    plan: Plan,
+    environment: dict[int, Array],
+    batch: dict[int, Array],
+    examples: int,
+    batch_size: int | None,
+    relevant: Callable[[int, int], bool],
+    *,
+    second_order: bool,
+) -> BatchResult:
     size = examples if batch_size is None else min(batch_size, examples)
     shared = {f: environment[f] for f in plan.frontier}
 
-    def one(shared: dict[int, Array], example: Sequence[Array]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def one(shared: Part, example: Part) -> tuple[dict[str, Any], dict[str, Any]]:
         return _one_example(plan, shared, example, relevant, second_order, size)
 
-    def chunk(part: Sequence[Array], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def chunk(part: Part, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
         summed, kept = jax.vmap(one, in_axes=(None, 0), axis_size=count)(shared, part)
         return jax.tree.map(lambda a: jnp.sum(a, axis=0), summed), kept
 
     whole, rest = divmod(examples, size)
     if whole == 1:
-        summed, kept = chunk([a[:size] for a in batch], size)
+        summed, kept = chunk({i: a[:size] for i, a in batch.items()}, size)
     else:
-        parts = [a[: whole * size].reshape(whole, size, *a.shape[1:]) for a in batch]
+        parts = {i: a[: whole * size].reshape(whole, size, *a.shape[1:]) for i, a in batch.items()}
         zero = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: chunk([p[0] for p in parts], size)[0])
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(lambda: chunk({i: p[0] for i, p in parts.items()}, size)[0]),
         )
 
-        def step(total: dict[str, Any], part: Sequence[Array]) -> tuple[dict[str, Any], dict[str, Any]]:
+        def step(total: dict[str, Any], part: Part) -> tuple[dict[str, Any], dict[str, Any]]:
             summed, kept = chunk(part, size)
             return jax.tree.map(jnp.add, total, summed), kept
 
         summed, kept = jax.lax.scan(step, zero, parts)
         kept = jax.tree.map(lambda a: a.reshape(whole * size, *a.shape[2:]), kept)
     if rest:
-        more, tail = chunk([a[whole * size :] for a in batch], rest)
+        more, tail = chunk({i: a[whole * size :] for i, a in batch.items()}, rest)
         summed = jax.tree.map(jnp.add, summed, more)
         kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, tail)
     return BatchResult(examples=examples, **jax.tree.map(lambda a: a / examples, summed), **kept)
@@ -86,29 +120,27 @@ def _wide(array: Array) -> Array:
 def _one_example(
     plan: Plan,
     shared: dict[int, Array],
-    example: Sequence[Array],
+    example: dict[int, Array],
     relevant: Callable[[int, int], bool],
     second_order: bool,
     copies: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    environment = {**plan.graph.constants, **shared}
-    environment |= dict(zip(plan.graph.inputs[len(plan.parameters) :], example, strict=True))
-    evaluate(plan.during, environment)
+    environment = {**plan.graph.constants, **shared, **example}
+    if plan.graph.output not in environment:
+        evaluate(plan.during, environment)
     value = environment[plan.graph.output]
-    seed = {plan.graph.output: jnp.ones((), value.dtype)} if plan.graph.output in plan.live else {}
+    seed = {plan.graph.output: jnp.ones((), value.dtype)} if plan.graph.output in plan.swept else {}
     result = sweep(
-        plan.graph, plan.steps, plan.leaves, environment, seed, {}, relevant, second_order=second_order, copies=copies
+        plan.graph, plan.steps, plan.explicit, environment, seed, {}, relevant, second_order=second_order, copies=copies
     )
     poison = jnp.where(jnp.isnan(value), jnp.nan, 0).astype(value.dtype)
-    structured = {n for n, leaf in enumerate(plan.leaves) if leaf.structured}
+    structured = {n for n, leaf in enumerate(plan.explicit) if leaf.structured}
     summed: dict[str, Any] = {"value": value, "gradients": {}, "means": {}}
     kept: dict[str, Any] = {"outputs": {}, "inputs": {}, "curvatures": {}, "sensitivities": result.sensitivities}
     for j, g in result.gradients.items():
         if j in structured:
-            leaf = plan.leaves[j]
-            (operation,) = plan.steps[leaf.step].operations
             kept["outputs"][j] = _wide(g + poison)
-            kept["inputs"][j] = _wide(environment[operation.inputs[1 - (leaf.operand or 0)]])
+            kept["inputs"][j] = _wide(environment[plan.leaves[j].input])
         else:
             summed["gradients"][j] = g + poison
     for (j, k), kind in result.curvatures.items():

@@ -16,8 +16,9 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from jaxhess._typing import Array, UnsupportedOperationError
+from jaxhess.engine.graph import Operation, nested
 from jaxhess.engine.plan import Plan
-from jaxhess.engine.trace import Operation, body_of
+from jaxhess.engine.trace import body_of
 
 __all__ = ["check_custom_derivatives"]
 
@@ -32,7 +33,7 @@ def check_custom_derivatives(plan: Plan) -> None:
     """
     candidates = [
         operation
-        for operation in (*plan.before, *plan.during)
+        for operation, _ in nested((*plan.before, *plan.during))
         if operation.name.startswith("custom_")
         and body_of(operation.equation) is not None
         and any(i in plan.live for i in operation.inputs)

@@ -1,26 +1,26 @@
 """What the sweep will do, from the graph alone: which parameters are used where, and which rule passes each operation.
 
 Operations that depend on no data run once, before the batch (`before`); the others once for each example (`steps`). The
-variables that cross from the one to the other are the frontier. A frontier variable that a parameter reaches is a leaf
-of the sweep over an example: contracted with data or activations it is a structured use (`y = W z + probe`), anywhere
-else it is a variable with a curvature matrix of its own.
+variables that cross from the one to the other are the frontier. A frontier variable that a parameter reaches has leaves:
+contracted with data or activations it is a structured use (`y = W z + probe`), anywhere else it is a variable with
+curvature of its own.
+
+What leads into a loop, or is used inside one, is left implicit (`jaxhess.engine.implicit`): its curvature couples all steps.
+The sweep over an example covers the rest.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import jax.numpy as jnp
-
-from jaxhess._typing import UnsupportedOperationError
+from jaxhess.engine.graph import Graph, Operation, nested
+from jaxhess.engine.partition import implicit_variables
+from jaxhess.engine.reach import Reached, reach
 from jaxhess.engine.rules.elementwise import has_no_second_derivative, is_componentwise
 from jaxhess.engine.rules.linear import INDEXING, LINEAR
 from jaxhess.engine.rules.local import BILINEAR
-from jaxhess.engine.trace import Graph, Operation
 from jaxhess.engine.views import View
 
 __all__ = ["Leaf", "Plan", "Step", "make_plan"]
-
-_WITHOUT_DERIVATIVE = {"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +41,53 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A use of a frontier variable. `step` is the earliest step that uses it, `operand` the position of a structured
-    use in its contraction, `roots` the parameters that it depends on."""
+    """A use of a frontier variable; `roots` are the parameters that it depends on.
+
+    A structured use is the operand at position `operand` of the contraction `operation`, within `loops`; the other operand
+    is z, which depends on the leaf's own parameters if `sensitive`. `step` is the earliest step of the sweep that uses the
+    leaf, None for an implicit one.
+    """
 
     variable: int
-    step: int
+    step: int | None
     roots: frozenset[int]
-    operand: int | None = None
+    operation: Operation | None = None
+    operand: int = 0
+    loops: tuple[Operation, ...] = ()
+    sensitive: bool = True
 
     @property
     def structured(self) -> bool:
         """Whether the use is a contraction."""
-        return self.operand is not None
+        return self.operation is not None
+
+    @property
+    def implicit(self) -> bool:
+        """Whether the sweep leaves it out."""
+        return self.step is None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The lengths of the loops around the use."""
+        return tuple(operation.loop.length for operation in self.loops if operation.loop is not None)
+
+    @property
+    def input(self) -> int:
+        """The variable z of a structured use."""
+        assert self.operation is not None
+        return self.operation.inputs[1 - self.operand]
+
+    @property
+    def output(self) -> int:
+        """The variable y of a structured use."""
+        assert self.operation is not None
+        return self.operation.outputs[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The two stages; `live` holds every variable that a parameter reaches through derivatives."""
+    """The two stages; `live` holds every variable that a parameter reaches through derivatives, `swept` those that a leaf of
+    the sweep does. `leaves` are those of the sweep, then the implicit ones."""
 
     graph: Graph
     parameters: tuple[int, ...]
@@ -69,13 +99,18 @@ class Plan:
     leaves: tuple[Leaf, ...]
     views: dict[int, View]
     live: frozenset[int]
+    swept: frozenset[int]
+
+    @property
+    def explicit(self) -> tuple[Leaf, ...]:
+        """The leaves of the sweep."""
+        return tuple(leaf for leaf in self.leaves if not leaf.implicit)
 
 
 def make_plan(graph: Graph, parameters: int) -> Plan:
     """The plan for a graph whose first `parameters` inputs are the parameters' leaves."""
     roots = tuple(graph.inputs[:parameters])
     data = set(graph.inputs[parameters:])
-    reached = {root: frozenset([root]) for root in roots}
     before: list[Operation] = []
     during: list[Operation] = []
     for operation in graph.operations:
@@ -84,29 +119,53 @@ def make_plan(graph: Graph, parameters: int) -> Plan:
             during.append(operation)
         else:
             before.append(operation)
-        sources = frozenset().union(*(reached.get(i, frozenset()) for i in operation.inputs))
-        if sources and operation.name not in _WITHOUT_DERIVATIVE:
-            for output in operation.outputs:
-                if jnp.issubdtype(graph.avals[output].dtype, jnp.inexact):
-                    _check_real(graph, operation, output)
-                    reached[output] = sources
+    reached = reach(graph, graph.operations, {root: frozenset([root]) for root in roots})
     live = frozenset(reached)
+    before, during = _defer_broadcasts(graph, before, during)
     used = {i for operation in during for i in operation.inputs} | {graph.output}
-    frontier = tuple(sorted(used - data - set(graph.constants)))
-    views = _views(graph, roots, before, live)
-    steps, leaves = _uses(graph, during, [f for f in frontier if f in live], live, reached)
+    made = {o for operation in during for o in operation.outputs}
+    frontier = tuple(sorted(used - data - made - set(graph.constants)))
+    candidates = [f for f in frontier if f in live]
+    implicit = implicit_variables(graph, during, candidates, reached)
+    explicit = [f for f in candidates if f not in implicit]
+    swept = frozenset(reach(graph, during, {f: reached[f] for f in explicit}))
+    steps, leaves = _uses(graph, during, explicit, swept, reached)
     return Plan(
         graph, roots, tuple(before), tuple(during), frontier, _steps(graph, before, live, set(frontier), {}), steps,
-        leaves, views, live,
+        (*leaves, *_implicit_leaves(graph, during, implicit, reached)), _views(graph, roots, before, live), live, swept,
     )  # fmt: skip
 
 
-def _check_real(graph: Graph, operation: Operation, output: int) -> None:
-    if jnp.issubdtype(graph.avals[output].dtype, jnp.complexfloating):
-        raise UnsupportedOperationError(
-            f"{operation.name} at {operation.where} gives a complex {graph.avals[output].shape} array that depends on the "
-            "parameters; curvature is exact for real arrays only. Write the real and imaginary parts as real arrays."
-        )
+def _defer_broadcasts(
+    graph: Graph, before: Sequence[Operation], during: Sequence[Operation]
+) -> tuple[list[Operation], list[Operation]]:
+    """What only repeats a variable for the examples' own operations, a bias at every step, is better done there: the
+    variable itself is then the leaf."""
+    needed = {i for operation in before for i in operation.inputs} | {graph.output}
+    deferred = [
+        operation
+        for operation in before
+        if operation.name == "broadcast_in_dim"
+        and not needed.intersection(operation.outputs)
+        and graph.avals[operation.outputs[0]].size > graph.avals[operation.inputs[0]].size
+    ]
+    return [operation for operation in before if operation not in deferred], [*deferred, *during]
+
+
+def _implicit_leaves(graph: Graph, operations: Sequence[Operation], variables: set[int], reached: Reached) -> list[Leaf]:
+    leaves, elsewhere = [], {graph.output}
+    for operation, loops in nested(operations):
+        mine = [place for place, i in enumerate(operation.inputs) if i in variables]
+        if operation.name == "dot_general" and len(mine) == 1 and operation.outputs[0] in reached:
+            variable, z = operation.inputs[mine[0]], operation.inputs[1 - mine[0]]
+            sensitive = bool(reached.get(z, frozenset()) & reached[variable])
+            leaves.append(Leaf(variable, None, reached[variable], operation, mine[0], loops, sensitive))
+        elif operation.loop is not None:
+            loop = operation.loop
+            elsewhere.update(operation.inputs[len(loop.shared) :], loop.next_carry, loop.emitted)
+        else:
+            elsewhere.update(operation.inputs)
+    return leaves + [Leaf(v, None, reached[v]) for v in sorted(variables & elsewhere)]
 
 
 def _views(graph: Graph, roots: Sequence[int], before: Iterable[Operation], live: frozenset[int]) -> dict[int, View]:
@@ -142,7 +201,7 @@ def _uses(
     operations: Sequence[Operation],
     candidates: Sequence[int],
     live: frozenset[int],
-    reached: dict[int, frozenset[int]],
+    reached: Reached,
 ) -> tuple[tuple[Step, ...], tuple[Leaf, ...]]:
     """The steps over an example, and the leaves: structured uses first, then variables with curvature of their own."""
     structured = {
@@ -154,7 +213,7 @@ def _uses(
     steps = _steps(graph, operations, live, {graph.output, *candidates}, {op: n for n, op in enumerate(contractions)})
     position = {step.leaf: index for index, step in enumerate(steps) if step.leaf is not None}
     leaves = [
-        Leaf(op.inputs[structured[op]], position[n], reached[op.inputs[structured[op]]], structured[op])
+        Leaf(op.inputs[structured[op]], position[n], reached[op.inputs[structured[op]]], op, structured[op])
         for n, op in enumerate(contractions)
         if n in position
     ]

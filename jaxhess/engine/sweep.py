@@ -13,15 +13,15 @@ import jax.numpy as jnp
 
 from jaxhess._linalg import available_bytes, check_dense_fits
 from jaxhess._typing import Array, DenseTooLargeError, UnsupportedOperationError
+from jaxhess.engine.graph import Graph, evaluate
 from jaxhess.engine.kinds import Dense, Diagonal, Kind, add, transpose
 from jaxhess.engine.plan import Leaf, Step
 from jaxhess.engine.rules.base import Rule
 from jaxhess.engine.rules.elementwise import ComponentwiseRule
 from jaxhess.engine.rules.linear import IndexingRule
 from jaxhess.engine.rules.local import BilinearRule, LocalRule
-from jaxhess.engine.trace import Graph, Operation
 
-__all__ = ["SweepResult", "evaluate", "sweep"]
+__all__ = ["SweepResult", "sweep"]
 
 _RULES = {"contraction": Rule, "linear": Rule, "indexing": IndexingRule, "bilinear": BilinearRule, "local": LocalRule}
 
@@ -34,13 +34,6 @@ class SweepResult:
     gradients: dict[int, Array]
     curvatures: dict[tuple[int, int], Kind]
     sensitivities: dict[tuple[int, int], Array]
-
-
-def evaluate(operations: Sequence[Operation], environment: dict[int, Array]) -> None:
-    """Run operations forward, adding their results to the environment, which holds the graph's constants too."""
-    for operation in operations:
-        results = operation.apply(*(environment[i] for i in operation.inputs))
-        environment |= dict(zip(operation.outputs, results, strict=True))
 
 
 def _make_rule(step: Step, environment: dict[int, Array]) -> Rule:
@@ -65,9 +58,8 @@ class _State:
         copies: int,
     ) -> None:
         self.graph, self.steps, self.leaves, self.relevant, self.copies = graph, steps, leaves, relevant, copies
-        contraction = {step.leaf: step.operations[0] for step in steps if step.leaf is not None}
-        self.outputs = {n: operation.outputs[0] for n, operation in contraction.items()}
-        self.inputs = {n: operation.inputs[1 - (leaves[n].operand or 0)] for n, operation in contraction.items()}
+        self.outputs = {n: leaf.output for n, leaf in enumerate(leaves) if leaf.structured}
+        self.inputs = {n: leaf.input for n, leaf in enumerate(leaves) if leaf.structured}
         self.gradient: dict[int, Array] = {}
         self.curvature: dict[tuple[int, int], Kind] = {}
         self.variable = {n: -1 - 2 * n if leaf.structured else leaf.variable for n, leaf in enumerate(leaves)}
@@ -84,7 +76,7 @@ class _State:
             return self.relevant(leaf, other) and not (a in self.input_row and b in self.input_row)
         row = leaf if leaf is not None else other
         assert row is not None
-        return any(later.step < index and self.relevant(row, n) for n, later in enumerate(self.leaves))
+        return any((later.step or 0) < index and self.relevant(row, n) for n, later in enumerate(self.leaves))
 
     def accumulate(self, a: int, b: int, kind: Kind) -> None:
         key, kind = ((a, b), kind) if a <= b else ((b, a), transpose(kind))

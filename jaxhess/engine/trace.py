@@ -1,79 +1,32 @@
-"""A function of one example, as a flat graph of operations.
+"""Tracing a function of one example to its graph.
 
-Call-like operations (`jit`, `remat`, jaxhess's own layers) are looked into. `custom_jvp` and `custom_vjp` functions stay
-one operation, because the derivative that their author gave is the one to use.
+Call-like operations (`jit`, `remat`, jaxhess's own layers) are looked into, and so are the bodies of loops; what is the same
+in every step of a loop is computed once, before it. `custom_jvp` and `custom_vjp` functions stay one operation, because the
+derivative that their author gave is the one to use.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jaxhess import activations
 from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.engine.graph import Graph, Loop, Operation, leading_to, run_loop
+from jaxhess.engine.loops import static_length
 
-__all__ = ["Graph", "Operation", "body_of", "leading_to", "trace"]
+__all__ = ["body_of", "trace"]
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "xla_call"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _OWN_LAYERS = "jaxhess_"
 _BROADCASTING = {"add", "atan2", "div", "max", "min", "mul", "pow", "sub"}
 _ACCURATE = {"tanh": activations.tanh, "logistic": activations.sigmoid}
-_LIBRARY_FOLDERS = (os.path.dirname(jax.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Operation:
-    """One operation: variables are numbered, `apply` maps the inputs' values to the list of outputs' values."""
-
-    name: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    apply: Callable[..., Sequence[Array]]
-    params: dict[str, Any]
-    equation: JaxprEqn
-    callers: tuple[JaxprEqn, ...] = ()
-
-    @property
-    def where(self) -> str:
-        """File and line of the user's code, as far as JAX kept it: of the operation, or of the call that it is part of."""
-        candidates = []
-        for equation in (self.equation, *reversed(self.callers)):
-            traceback = equation.source_info.traceback
-            for frame in traceback.frames if traceback is not None else ():
-                if not frame.file_name.startswith((*_LIBRARY_FOLDERS, "<")):
-                    candidates.append((f"{os.sep}site-packages{os.sep}" in frame.file_name, frame))
-        if not candidates:
-            return "an unknown place"
-        frame = min(candidates, key=lambda candidate: candidate[0])[1]
-        return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-
-
-@dataclasses.dataclass
-class Graph:
-    """Operations in order of evaluation; `avals`, `constants` and the parameters' `names` by the variables' numbers."""
-
-    operations: list[Operation]
-    inputs: list[int]
-    output: int
-    avals: dict[int, jax.ShapeDtypeStruct]
-    constants: dict[int, Array]
-    names: dict[int, str]
-
-
-def leading_to(operations: Sequence[Operation], variables: Sequence[int]) -> list[Operation]:
-    """Those of the operations that the variables depend on, in order."""
-    needed, kept = set(variables), []
-    for operation in reversed(operations):
-        if needed.intersection(operation.outputs):
-            needed.update(operation.inputs)
-            kept.append(operation)
-    return kept[::-1]
 
 
 def body_of(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -96,10 +49,10 @@ def _is_own_layer(body: ClosedJaxpr) -> bool:
 
 
 class _Builder:
-    def __init__(self) -> None:
+    def __init__(self, outer: "_Builder | None" = None) -> None:
         self.operations: list[Operation] = []
-        self.avals: dict[int, jax.ShapeDtypeStruct] = {}
-        self.constants: dict[int, Array] = {}
+        self.avals: dict[int, jax.ShapeDtypeStruct] = {} if outer is None else outer.avals
+        self.constants: dict[int, Array] = {} if outer is None else outer.constants
 
     def variable(self, aval: Any) -> int:
         number = len(self.avals)
@@ -146,6 +99,8 @@ class _Builder:
             name, body = equation.primitive.name, body_of(equation)
             if body is not None and (name in _CALLS or _is_own_layer(body)):
                 results = self.inline(body, operands, (*callers, equation))
+            elif (spec := self.loop_spec(equation, operands)) is not None:
+                results = self.loop(equation, spec, operands, callers)
             else:
                 results = [self.variable(v.aval) for v in equation.outvars]
                 if name in _BROADCASTING:
@@ -153,6 +108,72 @@ class _Builder:
                 self.operations.append(_operation(equation, operands, results, callers))
             environment |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def loop_spec(self, equation: JaxprEqn, operands: Sequence[int]) -> "_LoopSpec | None":
+        """What a `scan`, or a `while` of known length, repeats; None for every other operation."""
+        params = equation.params
+        if equation.primitive.name == "scan":
+            return _LoopSpec(
+                params["jaxpr"],
+                params["num_consts"],
+                params["num_carry"],
+                params["length"],
+                params["reverse"],
+                params["unroll"],
+            )
+        if equation.primitive.name != "while":
+            return None
+        known = {place: self.constants[i] for place, i in enumerate(operands) if i in self.constants}
+        length = static_length(equation, {i: v for i, v in known.items() if not isinstance(v, jax.core.Tracer)})
+        if length is None:
+            return None
+        body, conditional = params["body_jaxpr"], params["cond_nconsts"]
+        return _LoopSpec(body, params["body_nconsts"], len(body.jaxpr.outvars), length, skipped=conditional)
+
+    def loop(
+        self, equation: JaxprEqn, spec: "_LoopSpec", operands: Sequence[int], callers: tuple[JaxprEqn, ...]
+    ) -> list[int]:
+        """A loop as one operation; the part of its body that is the same in every step goes before it."""
+        operands = operands[spec.skipped :]
+        constant, stepping = operands[: spec.constants], operands[spec.constants :]
+        moving = [self.variable(v.aval) for v in spec.body.jaxpr.invars[spec.constants :]]
+        inner = _Builder(self)
+        ends = inner.inline(spec.body, [*constant, *moving], (*callers, equation))
+        changing, body = set(moving), []
+        for operation in leading_to(inner.operations, ends):
+            if changing.intersection(operation.inputs):
+                changing.update(operation.outputs)
+                body.append(operation)
+            else:
+                self.operations.append(operation)
+        reads = [*(i for operation in body for i in operation.inputs), *ends]
+        shared = tuple(i for i in dict.fromkeys(reads) if i not in changing and i not in self.constants)
+        loop = Loop(
+            tuple(body), shared, tuple(moving[: spec.carried]), tuple(moving[spec.carried :]),
+            tuple(ends[: spec.carried]), tuple(ends[spec.carried :]), spec.length, spec.reverse, spec.unroll, self.constants,
+        )  # fmt: skip
+        results = [self.variable(v.aval) for v in equation.outvars]
+        self.operations.append(
+            Operation(
+                "scan", (*shared, *stepping), tuple(results), lambda *values: run_loop(loop, values, {})[0], {}, equation,
+                callers, loop,
+            )
+        )  # fmt: skip
+        return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoopSpec:
+    """The body takes `constants` inputs that stay, `carried` ones, then slices; the first `skipped` of the equation's inputs
+    are not the body's."""
+
+    body: ClosedJaxpr
+    constants: int
+    carried: int
+    length: int
+    reverse: bool = False
+    unroll: int = 1
+    skipped: int = 0
 
 
 def _operation(

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxhess._linalg import PRECISION
-from jaxhess._typing import Array, InputError, Shaped
-from jaxhess.activations import Activation, NotComponentWiseError, as_activation, identity
+from jaxhess._typing import Array, Shaped
+from jaxhess.activations import Activation, identity
+from jaxhess.layers._common import apply, check_parameters, named_arrays, preactivation, resolve_activation
 
 __all__ = ["dense"]
 
@@ -65,60 +65,19 @@ def dense(
         >>> jax.grad(lambda W: dense(W, b, z, relu).sum())(W).tolist()
         [[1.0, 1.0], [0.0, 0.0]]
     """
-    arrays = {"weight": jnp.asarray(weight), "inputs": jnp.asarray(inputs)}
-    if bias is not None:
-        arrays["bias"] = jnp.asarray(bias)
-    _check(arrays)
+    arrays, shapes = named_arrays({"weight": weight, "bias": bias, "inputs": inputs})
+    check_parameters("dense", arrays, shapes)
     dtype = jnp.result_type(*arrays.values())
     arrays = {name: array.astype(dtype) for name, array in arrays.items()}
-    shape = (*arrays["inputs"].shape[:-1], arrays["weight"].shape[0])
-    return _dense(_resolve(activation, shape, dtype), arrays["weight"], arrays.get("bias"), arrays["inputs"])
-
-
-def _check(arrays: dict[str, Array]) -> None:
-    weight, inputs, bias = arrays["weight"], arrays["inputs"], arrays.get("bias")
-    shapes = f"weight {weight.shape}, bias {None if bias is None else bias.shape}, inputs {inputs.shape}"
-    for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise InputError(f"dense: {name} must be floating-point, got {array.dtype} ({shapes})")
-    if weight.ndim != 2:
-        raise InputError(f"dense: weight must have shape (m, n), got {weight.shape} ({shapes})")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"dense: bias must have shape {weight.shape[:1]}, got {bias.shape} ({shapes})")
-    if inputs.ndim == 0 or inputs.shape[-1] != weight.shape[1]:
-        raise InputError(f"dense: the last axis of inputs must be {weight.shape[1]}, got {inputs.shape} ({shapes})")
-
-
-def _resolve(activation, shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[[Array], Array]:
-    """The `Activation` of a component-wise callable; any other hashable callable that keeps the shape, as it is."""
-    try:
-        hash(activation)
-    except TypeError:
-        raise InputError(f"dense: activation must be hashable, got an unhashable {type(activation).__name__}") from None
-    try:
-        return as_activation(activation)
-    except NotComponentWiseError:
-        result = jax.eval_shape(activation, jax.ShapeDtypeStruct(shape, dtype))
-        if getattr(result, "shape", None) != shape:
-            raise InputError(f"dense: activation must keep the shape, but maps {shape} to {result}") from None
-        return activation
-
-
-def _apply(weight: Array, inputs: Array) -> Array:
-    """`W z` for z of shape (..., n)."""
-    contraction = (((inputs.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(inputs, weight, contraction, precision=PRECISION)
-
-
-def _preactivation(weight: Array, bias: Array | None, inputs: Array) -> Array:
-    y = _apply(weight, inputs)
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+    W, z = arrays["weight"], arrays["inputs"]
+    resolved = resolve_activation("dense", activation, (*z.shape[:-1], W.shape[0]), dtype)
+    return _dense(resolved, W, arrays.get("bias"), z)
 
 
 @partial(jax.jit, static_argnums=0)
 def jaxhess_dense(activation: Callable[[Array], Array], weight: Array, bias: Array | None, inputs: Array) -> Array:
     """The layer's value. The engine knows the layer by this function's name in the traced graph."""
-    return activation(_preactivation(weight, bias, inputs))
+    return activation(preactivation(weight, bias, inputs))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -129,12 +88,12 @@ def _dense(activation: Callable[[Array], Array], weight: Array, bias: Array | No
 @partial(_dense.defjvp, symbolic_zeros=True)
 def _dense_jvp(activation, primals, tangents):
     (W, b, z), (W_dot, b_dot, z_dot) = primals, tangents
-    y = _preactivation(W, b, z)
+    y = preactivation(W, b, z)
     terms = []
     if not isinstance(W_dot, SymbolicZero):
-        terms.append(_apply(W_dot, z))
+        terms.append(apply(W_dot, z))
     if not isinstance(z_dot, SymbolicZero):
-        terms.append(_apply(W, z_dot))
+        terms.append(apply(W, z_dot))
     if b is not None and not isinstance(b_dot, SymbolicZero):
         terms.append(jnp.broadcast_to(b_dot, y.shape))
     y_dot = sum(terms[1:], terms[0])

@@ -4,6 +4,7 @@ from jaxhess.operators.base import CurvatureOperator, OperatorSum, StructuredOpe
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.contraction import ContractionOperator
 from jaxhess.operators.dense import Dense, Diagonal
+from jaxhess.operators.implicit import ImplicitKroneckerSum
 from jaxhess.operators.kronecker import KroneckerProduct, KroneckerProductSum
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.low_rank import LowRank
@@ -16,6 +17,7 @@ __all__ = [
     "CurvatureOperator",
     "Dense",
     "Diagonal",
+    "ImplicitKroneckerSum",
     "Inertia",
     "KroneckerProduct",
     "KroneckerProductSum",

@@ -17,7 +17,7 @@ import lineax as lx
 
 from jaxhess._typing import Array
 from jaxhess.operators.base import CurvatureOperator
-from jaxhess.operators.contraction import contract
+from jaxhess.operators.implicit import ImplicitTerm
 from jaxhess.operators.mapped import (
     count_signs,
     dense_eigvalsh,
@@ -27,34 +27,9 @@ from jaxhess.operators.mapped import (
     mapped_trace,
 )
 from jaxhess.operators.support import as_scalar, as_tags, check_operator_fits, check_vector, describe, scaled_tags
+from jaxhess.operators.uses import PairTerm
 
-__all__ = ["PairTerm", "Pullback"]
-
-Labels = tuple[int, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PairTerm:
-    """`H_jk` as a contraction of `operands` (see `ContractionOperator`), from w_k (`columns`) to w_j (`rows`); with
-    `symmetrised`, its transpose too."""
-
-    operands: tuple[Array, ...]
-    labels: tuple[Labels, ...] = dataclasses.field(metadata={"static": True})
-    rows: Labels = dataclasses.field(metadata={"static": True})
-    columns: Labels = dataclasses.field(metadata={"static": True})
-    pair: tuple[int, int] = dataclasses.field(metadata={"static": True})
-    symmetrised: bool = dataclasses.field(metadata={"static": True})
-
-    def add_product(self, results: list[Array], vectors: Sequence[Array]) -> None:
-        """Add this term's products with `vectors[k]` to `results[j]`."""
-        j, k = self.pair
-        results[j] = results[j] + self._contract(self.rows, vectors[k], self.columns)
-        if self.symmetrised:
-            results[k] = results[k] + self._contract(self.columns, vectors[j], self.rows)
-
-    def _contract(self, result: Labels, vector: Array, names: Labels) -> Array:
-        return contract((*self.operands, vector), (*self.labels, names), result)
+__all__ = ["Pullback"]
 
 
 class Pullback(CurvatureOperator):
@@ -62,7 +37,7 @@ class Pullback(CurvatureOperator):
     respect to them. `reverse_only` says that f has no forward mode (a `custom_vjp` function): its tangent map is then the
     transpose of its reverse pass. Products cost one forward and one reverse pass through f."""
 
-    terms: tuple[PairTerm, ...]
+    terms: tuple[PairTerm | ImplicitTerm, ...]
     point: Array
     others: Any
     gradients: tuple[Array, ...]
@@ -72,7 +47,7 @@ class Pullback(CurvatureOperator):
 
     def __init__(
         self,
-        terms: Sequence[PairTerm],
+        terms: Sequence[PairTerm | ImplicitTerm],
         point: Array,
         others: Any,
         gradients: Sequence[Array],

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxhess._typing import Array
+from jaxhess.engine.graph import Operation
 from jaxhess.engine.kinds import Dense, Diagonal, Kind, scale_columns
 from jaxhess.engine.rules.base import Pairs, Rule
-from jaxhess.engine.trace import Operation, body_of
+from jaxhess.engine.trace import body_of
 
 __all__ = ["ComponentwiseRule", "has_no_second_derivative", "is_componentwise"]
 

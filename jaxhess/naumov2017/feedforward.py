@@ -1,7 +1,7 @@
 """The feedforward recursions of Naumov (2017) as printed, and corrected: for comparison only.
 
 **The printed Hessian is wrong for every activation that is not piecewise linear.** Use `jaxhess.hessian` for work. The
-errors, each of which `tests/test_naumov2017.py` shows against `jax.hessian`:
+errors, each of which `tests/naumov2017/test_feedforward.py` shows against `jax.hessian`:
 
 * (32) `C^(l) = I∘F^(l)`. Equation (39) of the proof gives `C^(l) = I`; as (28) multiplies by F^(l) again, the last layer's
   block contains f'^4 in the place of f'^2. Harmless only if f' is 0 or 1.
