@@ -125,6 +125,25 @@ def factored_gradient(fun: Error, batch_size: int | None = None) -> Callable[...
     return transformed
 
 
+@jax.tree_util.register_pytree_node_class
+class _Shared:
+    """A tree whose leaves may be the same array; compiled code returns it once."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        leaves, structure = jax.tree.flatten(self.tree)
+        unique = {id(leaf): leaf for leaf in leaves}
+        order = {key: index for index, key in enumerate(unique)}
+        return list(unique.values()), (structure, tuple(order[id(leaf)] for leaf in leaves))
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, unique: Any) -> "_Shared":
+        unique = list(unique)
+        return cls(jax.tree.unflatten(structure[0], [unique[index] for index in structure[1]]))
+
+
 class _Result(NamedTuple):
     value: Array
     gradient: PyTree
@@ -135,7 +154,7 @@ def _call(fun: Error, params: PyTree, batch: tuple[PyTree, ...], batch_size: int
     warn_of_wrong_sums()
     params = _check_parameters(params)
     batch, examples = _check_batch(fun, batch)
-    return _evaluate(fun, params, batch, examples, batch_size, what)
+    return _evaluate(fun, params, batch, examples, batch_size, what).tree
 
 
 class _ByIdentity:
@@ -161,7 +180,7 @@ def _hashable(fun: Error) -> Error:
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _evaluate(
     fun: Error, params: PyTree, batch: tuple[PyTree, ...], examples: int, batch_size: int | None, what: str
-) -> _Result:
+) -> _Shared:
     leaves, structure = jax.tree.flatten(params)
     arrays = jax.tree.leaves(batch)
     wide = [_widened(leaf) for leaf in leaves]
@@ -191,11 +210,11 @@ def _evaluate(
         if not second_order:
             pairs = [factored(plan, result, root) for root in plan.parameters]
             grads = [g if pair is None else pair for g, pair in zip(grads, pairs, strict=True)]
-            return _Result(result.value, jax.tree.unflatten(structure, grads), None)
+            return _Shared(_Result(result.value, jax.tree.unflatten(structure, grads), None))
         own = _own_curvature(plan, result, environment)
         operators = [block(plan, result, environment, root, own.get(n), weights) for n, root in enumerate(plan.parameters)]
         hessian = BlockDiagonal(jax.tree.unflatten(structure, operators))
-        return _Result(result.value, jax.tree.unflatten(structure, grads), hessian)
+        return _Shared(_Result(result.value, jax.tree.unflatten(structure, grads), hessian))
 
 
 def _shares_parameter(leaves: tuple[Leaf, ...]) -> Callable[[int, int], bool]:

@@ -19,7 +19,7 @@ FLOORS = [
     ],
     ["layers._common", "layers.dense", "layers.recurrent", "layers", "bounds"],
     [
-        "engine.kinds", "engine.graph", "engine.loops", "engine.trace", "engine.views", "engine.rules.base",
+        "engine.kinds", "engine.through_time", "engine.graph", "engine.loops", "engine.trace", "engine.views", "engine.rules.base",
         "engine.rules.linear", "engine.rules.elementwise", "engine.rules.local", "engine.rules", "engine.reach",
         "engine.partition", "engine.plan", "engine.custom", "engine.sweep", "engine.implicit", "engine.batch",
         "engine.assemble", "engine",

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from jaxhess._typing import Array
+from jaxhess.engine.through_time import plain, through_time
 
 __all__ = ["Graph", "Loop", "Operation", "Probe", "evaluate", "leading_to", "nested"]
 
@@ -142,20 +144,26 @@ def run_loop(
 ) -> tuple[list[Array], dict[Operation, Array]]:
     """The loop's outputs from its inputs, and what the probes read, stacked."""
     n, m = len(loop.shared), len(loop.shared) + len(loop.carry)
-    shared = {**loop.constants, **dict(zip(loop.shared, values[:n], strict=True))}
-    added = {op: probe.added for op, probe in probes.items() if probe.added is not None}
+    added = [op for op, probe in probes.items() if probe.added is not None]
+    read = [op for op, probe in probes.items() if probe.read is not None]
 
-    def step(carry: Sequence[Array], part: tuple[Sequence[Array], dict[Any, Array]]):
-        slices, extra = part
-        environment = {**shared, **dict(zip((*loop.carry, *loop.slices), (*carry, *slices), strict=True))}
-        here = {op: Probe(extra.get(number), probe.read) for number, (op, probe) in enumerate(probes.items())}
-        seen = evaluate(loop.operations, environment, here)
-        read = {number: seen[op] for number, op in enumerate(probes) if op in seen}
-        return [environment[i] for i in loop.next_carry], ([environment[i] for i in loop.emitted], read)
+    def step(shared: Sequence[Array], carry: Sequence[Array], part: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        environment = {**loop.constants, **dict(zip(loop.shared, shared, strict=True))}
+        environment |= dict(zip((*loop.carry, *loop.slices), (*carry, *part[: len(loop.slices)]), strict=True))
+        extra = dict(zip(added, part[len(loop.slices) :], strict=True))
+        seen = evaluate(loop.operations, environment, {op: Probe(extra.get(op), probe.read) for op, probe in probes.items()})
+        emitted = [environment[i] for i in loop.emitted]
+        return [environment[i] for i in loop.next_carry], emitted + [seen[op] for op in read]
 
-    numbered = {number: added[op] for number, op in enumerate(probes) if op in added}
-    carry, (emitted, read) = jax.lax.scan(
-        step, list(values[n:m]), (list(values[m:]), numbered), loop.length, loop.reverse, loop.unroll
-    )
-    order = list(probes)
-    return [*carry, *emitted], {order[number]: array for number, array in read.items()}
+    stacked = [*values[m:], *(array for op in added if (array := probes[op].added) is not None)]
+    arguments = (list(values[:n]), list(values[n:m]), stacked, loop.length, loop.reverse, loop.unroll)
+    carry, outputs = through_time(step, *arguments) if _in_both_modes(loop, values) else plain(step, *arguments)
+    count = len(loop.emitted)
+    return [*carry, *outputs[:count]], dict(zip(read, outputs[count:], strict=True))
+
+
+def _in_both_modes(loop: Loop, values: Sequence[Array]) -> bool:
+    """Whether the steps can be linearised one by one: a `custom_vjp` function has no tangent map."""
+    names = {operation.name for operation, _ in nested(loop.operations)}
+    real = not any(jnp.issubdtype(value.dtype, jnp.complexfloating) for value in values)
+    return loop.length > 0 and real and not any(name.startswith("custom_vjp") for name in names)

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import JaxprEqn, jaxpr_as_fun
 
 from jaxhess._typing import Array
+from jaxhess.engine.through_time import depends_on
 
 __all__ = ["static_length"]
 
@@ -26,11 +27,11 @@ def static_length(equation: JaxprEqn, known: Mapping[int, Array]) -> int | None:
     carried = len(body.jaxpr.outvars)
     start = first + second
 
-    read = _read(condition, [0])
+    read = depends_on(condition, [0])
     constants = {i for i in read if i < first}
     state = {i - first for i in read if i >= first}
     while True:
-        below = _read(body, sorted(state))
+        below = depends_on(body, sorted(state))
         constants |= {first + i for i in below if i < second}
         grown = state | {i - second for i in below if i >= second}
         if grown == state:
@@ -62,12 +63,3 @@ def static_length(equation: JaxprEqn, known: Mapping[int, Array]) -> int | None:
 
 def _zeros(atom: Any) -> np.ndarray:
     return np.zeros(atom.aval.shape, atom.aval.dtype)
-
-
-def _read(closed: ClosedJaxpr, outputs: Sequence[int]) -> set[int]:
-    """The positions of the inputs that some outputs depend on."""
-    needed = {v for i in outputs if not isinstance(v := closed.jaxpr.outvars[i], Literal)}
-    for equation in reversed(closed.jaxpr.eqns):
-        if needed.intersection(equation.outvars):
-            needed.update(v for v in equation.invars if not isinstance(v, Literal))
-    return {i for i, variable in enumerate(closed.jaxpr.invars) if variable in needed}

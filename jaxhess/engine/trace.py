@@ -147,7 +147,8 @@ class _Builder:
             else:
                 self.operations.append(operation)
         reads = [*(i for operation in body for i in operation.inputs), *ends]
-        shared = tuple(i for i in dict.fromkeys(reads) if i not in changing and i not in self.constants)
+        known = {i for i, value in self.constants.items() if not isinstance(value, jax.core.Tracer)}
+        shared = tuple(i for i in dict.fromkeys(reads) if i not in changing and i not in known)
         loop = Loop(
             tuple(body), shared, tuple(moving[: spec.carried]), tuple(moving[spec.carried :]),
             tuple(ends[: spec.carried]), tuple(ends[spec.carried :]), spec.length, spec.reverse, spec.unroll, self.constants,
