@@ -16,7 +16,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from measure import MIB, Measured, measure, peak_rss_bytes, prepare, verdict
+from measure import MIB, measure, peak_rss_bytes, prepare, report, verdict
 
 import jaxhess
 
@@ -57,12 +57,6 @@ def autodiff_block(layer, params, x, t):
         return plain_error([*params[:layer], params[layer] | {"w": w}, *params[layer + 1 :]], x, t)
 
     return jax.hessian(of_weight)(params[layer]["w"])
-
-
-def report(measured: dict[str, Measured]) -> None:
-    gradient = measured["gradient"]
-    for name, m in measured.items():
-        print(f"{name:<46} {m}  = {m.seconds / gradient.seconds:9.1f} gradients", flush=True)
 
 
 def small_network(dense: bool) -> None:

@@ -66,6 +66,13 @@ def measure(
     }
 
 
+def report(measured: dict[str, Measured]) -> None:
+    """A line for each case, with its time in those of the case `gradient`."""
+    gradient = measured["gradient"]
+    for name, m in measured.items():
+        print(f"{name:<46} {m}  = {m.seconds / gradient.seconds:9.1f} gradients", flush=True)
+
+
 def peak_rss_bytes() -> int:
     """The most memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

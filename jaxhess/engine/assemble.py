@@ -32,7 +32,8 @@ from jaxhess.operators import (
     OperatorSum,
 )
 from jaxhess.operators.contraction import contract
-from jaxhess.operators.implicit import ImplicitKroneckerSum, ImplicitTerm, ImplicitUse
+from jaxhess.operators.implicit import ImplicitKroneckerSum
+from jaxhess.operators.linearised import ImplicitTerm, ImplicitUse
 from jaxhess.operators.pullback import Pullback
 from jaxhess.operators.uses import EXAMPLE, PairTerm, Use, pair_terms
 

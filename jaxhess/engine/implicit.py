@@ -2,7 +2,7 @@
 
 Every structured use gets a probe dy_j, added to its y at every place, and a pull c_j; variables used otherwise a shift.
 With `Phi = E + sum_j c_j . z_j` the gradient of Phi with respect to the probes, pulls and shifts at 0 is (g_j, z_j, dE/dw),
-and its linearisation is the map K of `jaxhess.operators.implicit`. For a loop it runs two substitutions (math.md,
+and its linearisation is the map K of `jaxhess.operators.linearised`. For a loop it runs two substitutions (math.md,
 section 6, "A scan"): forward, `dh_s = J_s (dh_{s-1}, du_s)`, and backward with the body's Jacobian transposed and its
 second derivative B_s. Nothing of the size (places)^2 is formed.
 """

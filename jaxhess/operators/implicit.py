@@ -1,20 +1,13 @@
 """Curvature of a parameter that is used at many places, most of all at every step in time, without the array Q.
 
-With `V = X z_j` for all places at once, the terms of `jaxhess.operators.uses` are
+    H X = sum_j  [Q V]_j z_j^T + g_j [S V]_j^T + ...,        V = X z_j at all places
 
-    H X = sum_j  [Q V]_j z_j^T + g_j [S V]_j^T,        and X^T g_j pulled back through S^T, which adds to Q V
-
-so all that is asked of Q and S is their product with a vector: the map
-
-    K: (dy_j, c_j) -> (dg_j, dz_j),        K = [[Q, S^T], [S, 0]]
-
-is stored as a linear function. Along time it is `(I - L)^-T A (I - L)^-1`, two substitutions, each one scan over the
-steps (Theorem 2 as corrected; math: section 5), in memory proportional to the number of steps; Q has its square.
+with Q and S as a linear function (`jaxhess.operators.linearised`).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,118 +17,17 @@ import lineax as lx
 from jaxhess._linalg import available_bytes
 from jaxhess._typing import Array, InputError
 from jaxhess.operators.base import CurvatureOperator, OperatorSum
-from jaxhess.operators.contraction import ContractionOperator, contract
-from jaxhess.operators.mapped import (
-    count_signs,
-    dense_eigvalsh,
-    mapped_diagonal,
-    mapped_frobenius_norm,
-    mapped_matrix,
-    mapped_trace,
-)
+from jaxhess.operators.contraction import ContractionOperator
+from jaxhess.operators.linearised import ImplicitTerm, ImplicitUse, Tangents
+from jaxhess.operators.mapped import count_signs, dense_eigvalsh
 from jaxhess.operators.support import as_scalar, as_tags, check_operator_fits, check_vector, describe, scaled_tags
-from jaxhess.operators.uses import EXAMPLE, Use, pair_terms
+from jaxhess.operators.uses import EXAMPLE, pair_terms
 
-__all__ = ["ImplicitKroneckerSum", "ImplicitTerm", "ImplicitUse"]
+__all__ = ["ImplicitKroneckerSum"]
 
 _CHUNK_BYTES = 2**26
 _CHUNK_ROWS = 256
 _EXPLICIT_BYTES = 2**31
-
-Tangents = dict[str, dict[int, Array]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ImplicitUse:
-    """One use, number `key` of K: `outputs` g (r, places.., y) and `inputs` z (r, places.., z); both None where the
-    variable itself is perturbed. `sensitive` if z depends on the parameter. `place` is the vector that it takes."""
-
-    outputs: Array | None
-    inputs: Array | None
-    labels: Use = dataclasses.field(metadata={"static": True})
-    key: int = dataclasses.field(metadata={"static": True})
-    place: int = dataclasses.field(metadata={"static": True})
-    sensitive: bool = dataclasses.field(metadata={"static": True})
-
-    @property
-    def g(self) -> tuple[Array, tuple[int, ...]]:
-        """g and its labels."""
-        assert self.outputs is not None
-        return self.outputs, (EXAMPLE, *self.labels.output)
-
-    @property
-    def z(self) -> tuple[Array, tuple[int, ...]]:
-        """z and its labels."""
-        assert self.inputs is not None
-        return self.inputs, (EXAMPLE, *(self.labels.input or ()))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ImplicitTerm:
-    """The mean over `examples` of all pairs of the `uses`. `linear` is K on a dictionary of dictionaries by `key`:
-    "probes" dy, "shifts" of variables themselves, "pulls" c, giving "probes" dg, "shifts" and "pulls" dz; `shapes` are those
-    of its whole argument."""
-
-    linear: Callable[[Tangents], Tangents]
-    uses: tuple[ImplicitUse, ...]
-    shapes: tuple[tuple[str, int, tuple[int, ...], Any], ...] = dataclasses.field(metadata={"static": True})
-    examples: int = dataclasses.field(metadata={"static": True})
-
-    def add_product(self, results: list[Array], vectors: Sequence[Array]) -> None:
-        """Add the products with `vectors`, by place, to `results`."""
-        for use, product in zip(self.uses, self.products([vectors[use.place] for use in self.uses]), strict=True):
-            results[use.place] = results[use.place] + product
-
-    def products(self, vectors: Sequence[Array]) -> list[Array]:
-        """For each use, the part of the product that belongs to it; the vectors have the labels `use.labels.weight`."""
-        pushed: Tangents = {"probes": {}, "shifts": {}, "pulls": {}}
-        for use, vector in zip(self.uses, vectors, strict=True):
-            labels, weight = use.labels, (vector, use.labels.weight)
-            if use.inputs is None or use.outputs is None:
-                pushed["shifts"][use.key] = contract(*_zipped(weight), labels.output)
-                continue
-            pushed["probes"][use.key] = contract(*_zipped(use.z, weight), use.g[1])
-            if use.sensitive:
-                pushed["pulls"][use.key] = contract(*_zipped(use.g, weight), use.z[1])
-        pulled = self.apply(pushed)
-        results = []
-        for use in self.uses:
-            labels = use.labels
-            if use.inputs is None or use.outputs is None:
-                shift = pulled["shifts"][use.key].reshape(labels.output_sizes)
-                results.append(contract(*_zipped((shift, labels.output)), labels.weight) / self.examples)
-                continue
-            probe = pulled["probes"][use.key].reshape(use.outputs.shape), use.g[1]
-            product = contract(*_zipped(probe, use.z), labels.weight)
-            if use.sensitive:
-                pull = pulled["pulls"][use.key].reshape(use.inputs.shape), use.z[1]
-                product = product + contract(*_zipped(use.g, pull), labels.weight)
-            results.append(product / self.examples)
-        return results
-
-    def apply(self, pushed: Mapping[str, Mapping[int, Array]]) -> Tangents:
-        """K on the given parts of its argument, all others being zero."""
-        shapes = {(kind, key): (shape, dtype) for kind, key, shape, dtype in self.shapes}
-        given = {
-            kind: {key: array.reshape(shapes[kind, key][0]).astype(shapes[kind, key][1]) for key, array in part.items()}
-            for kind, part in pushed.items()
-        }
-        rest: Tangents = {"probes": {}, "shifts": {}, "pulls": {}}
-        for (kind, key), (shape, dtype) in shapes.items():
-            if key not in given[kind]:
-                rest[kind][key] = jnp.zeros(shape, dtype)
-
-        def restricted(given: Tangents) -> Tangents:
-            return self.linear({kind: {**rest[kind], **given[kind]} for kind in rest})
-
-        # The derivative of a linear map is the map itself, less what the parts that stay zero would cost.
-        return jax.jvp(restricted, (jax.tree.map(jnp.zeros_like, given),), (given,))[1]
-
-
-def _zipped(*labelled: tuple[Array, tuple[int, ...]]) -> tuple[list[Array], list[tuple[int, ...]]]:
-    return [array for array, _ in labelled], [labels for _, labels in labelled]
 
 
 class ImplicitKroneckerSum(CurvatureOperator):
@@ -167,7 +59,11 @@ class ImplicitKroneckerSum(CurvatureOperator):
         check_vector("ImplicitKroneckerSum", vector, self.parameter_shape)
         vector = jnp.asarray(vector, self.factor.dtype)
         sizes = [use.labels.weight_sizes for use in self.term.uses]
-        products = self.term.products([scale * vector.reshape(s) for s, scale in zip(sizes, self.scales, strict=True)])
+        vectors = [scale * vector.reshape(s) for s, scale in zip(sizes, self.scales, strict=True)]
+        return self._read(self.term.apply(self.term.push(vectors)))
+
+    def _read(self, pulled: Tangents) -> Array:
+        products = self.term.read(pulled)
         parts = [scale * product.reshape(self.parameter_shape) for product, scale in zip(products, self.scales, strict=True)]
         return self.factor * sum(parts[1:], parts[0])
 
@@ -246,21 +142,34 @@ class ImplicitKroneckerSum(CurvatureOperator):
     def as_matrix(self):
         check_operator_fits(self)
         explicit = self._best()
-        return mapped_matrix(self, self._chunk()) if explicit is None else explicit.as_matrix()
+        if explicit is not None:
+            return explicit.as_matrix()
+        return self._map(lambda index, pulled: self._read(pulled).reshape(-1)).T
 
     def transpose(self):
         return self
 
     def diagonal(self):
         explicit = self._best()
-        return mapped_diagonal(self, self._chunk()) if explicit is None else explicit.diagonal()
+        return self._entries().reshape(self.parameter_shape) if explicit is None else explicit.diagonal()
 
     def trace(self):
         explicit = self._best()
-        return mapped_trace(self, self._chunk()) if explicit is None else explicit.trace()
+        return jnp.sum(self._entries()) if explicit is None else explicit.trace()
 
     def frobenius_norm(self):
-        return mapped_frobenius_norm(self, self._chunk())
+        return jnp.sqrt(jnp.sum(self._map(lambda index, pulled: jnp.sum(self._read(pulled) ** 2))))
+
+    def _map(self, reading: Callable[[Array, Tangents], Array]) -> Array:
+        """`reading(i, K e_i)` for each component of the parameter."""
+
+        def one(index: Array) -> Array:
+            return reading(index, self.term.apply(self.term.unit(index, self.scales)))
+
+        return jax.lax.map(one, jnp.arange(self.in_size()), batch_size=min(self._chunk(), self.in_size()))
+
+    def _entries(self) -> Array:
+        return self.factor * self._map(lambda index, pulled: self.term.entry(index, pulled, self.scales))
 
     def scaled(self, factor):
         scaled = self.factor * as_scalar("ImplicitKroneckerSum", factor, self.factor.dtype)

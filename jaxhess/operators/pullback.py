@@ -17,7 +17,7 @@ import lineax as lx
 
 from jaxhess._typing import Array
 from jaxhess.operators.base import CurvatureOperator
-from jaxhess.operators.implicit import ImplicitTerm
+from jaxhess.operators.linearised import ImplicitTerm
 from jaxhess.operators.mapped import (
     count_signs,
     dense_eigvalsh,
