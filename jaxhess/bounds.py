@@ -15,9 +15,9 @@ This covers the weight of a dense layer, τ = 1, where there are no cross terms;
 with Z of ones and n = 1. The feedback U of a recurrent layer has more in its Hessian than these terms.
 
 Q and Z are given as `Q (r, τ, m, τ, m), Z (r, τ, n)`; for one example as `Q (τ, m, τ, m), Z (τ, n)`; for a batch without
-time as `Q (r, m, m), Z (r, n)`, or as the `KroneckerProductSum` that holds them. Each Q_i has to be symmetric as a
-(τm, τm) matrix, which is trusted: of its cross blocks those with s < ζ are read. All bounds hold up to rounding, in the
-dtype of Q and Z, float32 at least.
+time as `Q (r, m, m), Z (r, n)`, or as the block of a Hessian: a `KroneckerProductSum`, or an `ImplicitKroneckerSum` of one
+use, whose Q takes (τm)^2 numbers an example. Each Q_i has to be symmetric as a (τm, τm) matrix, which is trusted: of its
+cross blocks those with s < ζ are read. All bounds hold up to rounding, in the dtype of Q and Z, float32 at least.
 """
 
 import operator
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess._typing import Array, Float, InputError, Shaped
-from jaxhess.operators import KroneckerProductSum
+from jaxhess.operators import ImplicitKroneckerSum, KroneckerProductSum
 from jaxhess.operators.support import as_real_arrays
 
 __all__ = ["EigenvalueBounds", "cross_term_bounds", "naumov_bounds", "weyl_bounds"]
@@ -41,7 +41,7 @@ class EigenvalueBounds(NamedTuple):
 
 
 def weyl_bounds(
-    Q: Shaped[Array, "..."] | KroneckerProductSum,
+    Q: Shaped[Array, "..."] | KroneckerProductSum | ImplicitKroneckerSum,
     Z: Shaped[Array, "..."] | None = None,
     *,
     anchor: int | tuple[int, int] | None = None,
@@ -56,7 +56,7 @@ def weyl_bounds(
     one term (r = τ = 1) both bounds are the eigenvalues.
 
     Args:
-        Q, Z: as in this module's docstring; or Q a `KroneckerProductSum`, without Z.
+        Q, Z: as in this module's docstring; or Q a block of a Hessian that holds both.
         anchor: the term whose eigenvalues are kept: the step t; for a batch without time the example; for a batch with
             time the pair (example, step). From 0, negative ones from the end. By default the last step of the last
             example. Any choice gives valid bounds, so that the best of several are valid too.
@@ -81,7 +81,7 @@ def weyl_bounds(
 
 
 def naumov_bounds(
-    Q: Shaped[Array, "..."] | KroneckerProductSum,
+    Q: Shaped[Array, "..."] | KroneckerProductSum | ImplicitKroneckerSum,
     Z: Shaped[Array, "..."] | None = None,
     *,
     anchor: int | tuple[int, int] | None = None,
@@ -173,12 +173,12 @@ def _terms(what: str, Q: Any, Z: Any, anchor: Any) -> _Terms:
 
 def _with_batch_and_time(what: str, Q: Any, Z: Any, anchor: Any) -> tuple[Array, Array, tuple[int, int]]:
     """Q (r, τ, m, τ, m), Z (r, τ, n) and the anchor as (example, step), whichever way they were given."""
-    if isinstance(Q, KroneckerProductSum):
+    if isinstance(Q, KroneckerProductSum | ImplicitKroneckerSum):
         if Z is not None:
-            raise InputError(f"{what}: a KroneckerProductSum has its own Z, got another of shape {jnp.shape(Z)}")
-        Q, Z = Q.Q, Q.Z
+            raise InputError(f"{what}: a {type(Q).__name__} has its own Z, got another of shape {jnp.shape(Z)}")
+        Q, Z = (Q.Q, Q.Z) if isinstance(Q, KroneckerProductSum) else Q.kronecker_terms()
     elif Z is None:
-        raise InputError(f"{what}: needs Q and Z, or a KroneckerProductSum, got a {type(Q).__name__} alone")
+        raise InputError(f"{what}: needs Q and Z, or an operator that holds them, got a {type(Q).__name__} alone")
     Q, Z = _as_arrays(what, ["Q", "Z"], [Q, Z])
     m, leading = Q.shape[-1:], Z.shape[:-1]
     steps = leading[-1:]

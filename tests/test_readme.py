@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 
 import jaxhess
 
@@ -22,10 +23,14 @@ def test_python_blocks_run_in_order():
     }
     xs, labels = jax.random.normal(keys[2], (8, 5)), jnp.arange(8) % 3
     names = {"jax": jax, "jnp": jnp, "lx": lx, "jaxhess": jaxhess, "params": params, "xs": xs, "labels": labels}
+    shapes = {"w": (6, 5), "u": (6, 6), "b": (6,), "v": (2, 6)}
+    names["cell"] = {name: 0.3 * jnp.sin(jnp.arange(1.0, 1 + np.prod(s))).reshape(s) for name, s in shapes.items()}
+    names |= {"sequences": jax.random.normal(keys[0], (4, 7, 5)), "targets": jnp.ones((4, 2))}
     names["v"] = jax.tree.map(jnp.ones_like, params)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["H"], jaxhess.operators.BlockDiagonal)
+    assert repr(names["R"]["u"]).startswith("ImplicitKroneckerSum(36 x 36")
     assert jax.tree.structure(names["step"]) == jax.tree.structure(params)
 
 

@@ -105,9 +105,22 @@ class _Builder:
                 results = [self.variable(v.aval) for v in equation.outvars]
                 if name in _BROADCASTING:
                     operands = [self.broadcast(i, self.avals[results[0]].shape, equation, callers) for i in operands]
-                self.operations.append(_operation(equation, operands, results, callers))
+                operation = _operation(equation, operands, results, callers)
+                if self.is_known_count(equation, operands):
+                    with jax.ensure_compile_time_eval():
+                        (self.constants[results[0]],) = operation.apply(*(self.constants[i] for i in operands))
+                else:
+                    self.operations.append(operation)
             environment |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def is_known_count(self, equation: JaxprEqn, operands: Sequence[int]) -> bool:
+        """Whether an operation gives an integer that is known before anything runs: what the length of a loop may be."""
+        avals: list[Any] = [v.aval for v in (*equation.invars, *equation.outvars)]
+        counts = len(equation.outvars) == 1 and all(
+            aval.shape == () and isinstance(aval.dtype, np.dtype) and aval.dtype.kind in "iub" for aval in avals
+        )
+        return counts and all(i in self.constants and not isinstance(self.constants[i], jax.core.Tracer) for i in operands)
 
     def loop_spec(self, equation: JaxprEqn, operands: Sequence[int]) -> "_LoopSpec | None":
         """What a `scan`, or a `while` of known length, repeats; None for every other operation."""

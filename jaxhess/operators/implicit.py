@@ -72,6 +72,36 @@ class ImplicitKroneckerSum(CurvatureOperator):
         """At how many places, over all uses, the parameter meets a vector."""
         return sum(math.prod(use.labels.output_sizes) for use in self.term.uses)
 
+    def kronecker_terms(self) -> tuple[Array, Array]:
+        """Q (r, places, m, places, m) and Z (r, places, n) of `(1/r) sum_i sum_st kron(Q_i[s, t], z_i^s z_i^t T)`.
+
+        Raises `InputError` where that is not the whole block: more than one use, a use that is no product with vectors, or
+        one whose input depends on the parameter itself, as that of a recurrent feedback does (the terms with S).
+        """
+        use = self.term.uses[0]
+        sides = set(use.labels.output) & set(use.labels.input or ()) & set(use.labels.weight)
+        if len(self.term.uses) > 1 or use.inputs is None or use.sensitive or sides:
+            raise InputError(
+                f"{self!r} is not a sum of Kronecker products alone: its parameter is used more than once, or not in "
+                "products with vectors, or its input depends on it. Use as_matrix() or mv."
+            )
+        (Q,), positions = self._arrays()[0].values(), use.labels.positions
+        y, z = use.labels.output, use.labels.input or ()
+        first, second = [("y", label) for label in y], [("x", label) for label in y]
+
+        def order(labels: tuple[int, ...]) -> list[int]:
+            return [*positions, *(label for label in labels if label not in positions)]
+
+        names = ["r", *first, *second]
+        wanted = ["r", *(("y", label) for label in order(y)), *(("x", label) for label in order(y))]
+        Q = Q.reshape(self.term.examples, *use.labels.output_sizes, *use.labels.output_sizes)
+        Q = jnp.transpose(Q, [names.index(name) for name in wanted])
+        Z = jnp.transpose(use.z[0], [use.z[1].index(label) for label in (EXAMPLE, *order(z))])
+        places = math.prod(size for label, size in zip(y, use.labels.output_sizes, strict=True) if label in positions)
+        m = math.prod(use.labels.output_sizes) // places
+        Q = Q.reshape(self.term.examples, places, m, places, m)
+        return self.factor * self.scales[0] ** 2 * Q, Z.reshape(self.term.examples, places, -1)
+
     def explicit(self) -> CurvatureOperator | None:
         """The same operator with the arrays Q and S, (places x units)^2 numbers an example; None where a variable itself is
         perturbed or the views differ."""
