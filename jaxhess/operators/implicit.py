@@ -167,7 +167,7 @@ class ImplicitKroneckerSum(CurvatureOperator):
         fits = 4 * self.term.examples * self.places**2 * self.factor.dtype.itemsize < min(
             available_bytes() / 4, _EXPLICIT_BYTES
         )
-        return self.explicit() if 2 * self.places < self.in_size() and fits else None
+        return self.explicit() if 0 < 2 * self.places < self.in_size() and fits else None
 
     def as_matrix(self):
         check_operator_fits(self)
