@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.export
 import pytest
-from models import MODELS
+from models import MODELS, inputs, normal
 
 import jaxhess
 
@@ -32,6 +32,16 @@ found = jax.jit(jaxhess.hessian(error))(params, *batch)
 assert len(found["w"].Q.sharding.device_set) == 8
 np.testing.assert_allclose(found.as_matrix(), expected.as_matrix(), rtol=1e-12, atol=1e-12)
 np.testing.assert_allclose(found.mv(params)["w"], expected.mv(params)["w"], rtol=1e-12, atol=1e-12)
+
+def through_time(p, x, t):
+    states = jaxhess.recurrent(p["w"], p["u"], p["b"], x.reshape(2, 2))
+    return jaxhess.losses.squared_error(p["v"] @ states[-1], t)
+
+params = {"w": params["w"][:, :2], "u": jnp.asarray(rng.normal(size=(5, 5))), "b": params["b"], "v": params["v"]}
+expected = jaxhess.hessian(through_time)(params, x, t)
+found = jax.jit(jaxhess.hessian(through_time))(params, *batch)
+assert len(found["u"].term.uses[0].outputs.sharding.device_set) == 8
+np.testing.assert_allclose(found.as_matrix(), expected.as_matrix(), rtol=1e-11, atol=1e-11)
 """
 
 
@@ -44,9 +54,19 @@ def test_a_sharded_batch_gives_the_same():
     subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment)
 
 
-@pytest.mark.parametrize("name", ["perceptron", "tied_weights", "attention", "gates_and_layer_norm"])
-def test_lowers_for_gpu_and_tpu(name):
-    error, params, batch = MODELS[name]()
+def recurrent():
+    def error(p, x, t):
+        states = jaxhess.recurrent(p["w"], p["u"], p["b"], x.reshape(2, 2))
+        return jaxhess.losses.squared_error(states[-1], t)
+
+    return error, {"w": normal(0, 3, 2), "u": normal(1, 3, 3), "b": normal(2, 3)}, inputs()
+
+
+@pytest.mark.parametrize(
+    "make", [recurrent, *(MODELS[name] for name in ("perceptron", "tied_weights", "attention", "gates_and_layer_norm"))]
+)
+def test_lowers_for_gpu_and_tpu(make):
+    error, params, batch = make()
     params, batch = jax.tree.map(lambda a: a.astype("float32") if a.dtype == "float64" else a, (params, batch))
 
     def readings(params, batch):

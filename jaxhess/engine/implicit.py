@@ -65,11 +65,11 @@ def differentiate(
             placed = {leaf.operation: Probe(probes[n], leaf.input) for n, leaf in structured.items() if leaf.operation}
             seen = evaluate(plan.during, local, placed)
             read = {n: seen[leaf.operation] for n, leaf in structured.items() if leaf.operation}
-            return local[plan.graph.output], read, {v: jax.lax.stop_gradient(local[v]) for v in wanted}
+            return local[plan.graph.output], read, {v: _fixed(local[v]) for v in wanted}
 
         errors, read, values = jax.vmap(one, in_axes=(0, 0), axis_size=examples)(list(batch), probes)
         known = jax.lax.stop_gradient(jnp.where(jnp.isnan(errors), jnp.nan, 1).astype(errors.dtype))
-        read = {n: _wide(z if n in sensitive else jax.lax.stop_gradient(z)) for n, z in read.items()}
+        read = {n: _wide(z if n in sensitive else _fixed(z)) for n, z in read.items()}
         return jnp.sum(known * errors) + sum(jnp.vdot(pulls[n], read[n]) for n in sensitive), (read, values)
 
     def first_order(parts: Parts):
@@ -111,6 +111,10 @@ def differentiate(
     shapes = tuple((kind, n, a.shape, a.dtype) for kind, part in zeros.items() for n, a in part.items())
     outputs = {n: _wide(g) for n, g in first["probes"].items()}
     return Implicit(outputs, {**kept, **first["pulls"]}, first["shifts"], values, linear, shapes)
+
+
+def _fixed(array: Array) -> Array:
+    return jax.lax.stop_gradient(array) if jnp.issubdtype(array.dtype, jnp.inexact) else array
 
 
 def _wide(array: Array) -> Array:
