@@ -25,3 +25,28 @@ def test_digits(tmp_path, capsys):
     for study in studies:
         assert study["difference"] < 1e-10
         np.testing.assert_allclose(study["eigenvalues"].sum(), study["block"].trace(), rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_sunspots(tmp_path, capsys):
+    picture = tmp_path / "sunspots.png"
+    stages = load("sunspots").main(["--picture", str(picture), "--steps", "20"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "linear autoregression, 32 lags" in capsys.readouterr().out
+    assert max(stage["difference"] for stage in stages) < 1e-10
+    for spectrum in stages[0]["spectra"]:
+        # U halves what it carries, so after 32 steps the first ones have no curvature left.
+        np.testing.assert_allclose(spectrum[64]["U"], spectrum[32]["U"], atol=1e-6)
+        assert not np.allclose(spectrum[32]["U"], spectrum[2]["U"], atol=1e-2)
+
+
+@pytest.mark.slow
+def test_sequential_digits(tmp_path, capsys):
+    picture = tmp_path / "sequential_digits.png"
+    stages = load("sequential_digits").main(["--picture", str(picture), "--steps", "240"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "ImplicitKroneckerSum" in capsys.readouterr().out
+    assert stages[-1]["accuracy"] > 0.9
+    for stage in stages:
+        np.testing.assert_allclose(stage["pairs"].sum(), stage["spectra"]["recurrent/weight"].sum(), rtol=1e-9)
+        np.testing.assert_allclose(stage["pairs"], stage["pairs"].T, atol=1e-12)

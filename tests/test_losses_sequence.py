@@ -66,7 +66,7 @@ def test_padding_leaves_no_trace(name, padding):
 
 
 def test_any_callable_even_where_it_is_singular_at_zero():
-    outputs = jnp.asarray(RANDOM.uniform(0.2, 0.8, size=(TAU, 3))).at[1].set(jnp.nan)
+    outputs = jnp.asarray(np.random.default_rng(1).uniform(0.2, 0.8, size=(TAU, 3))).at[1].set(jnp.nan)
     targets = jnp.ones((TAU, 3))
     log_loss = lambda p, t: -jnp.sum(t * jnp.log(p))  # noqa: E731
     value, gradient = jax.value_and_grad(lambda z: over_time(log_loss, z, targets, MASK))(outputs)
@@ -90,8 +90,9 @@ def test_mask_broadcasts(shape):
 
 def test_padded_batch_of_a_recurrent_net():
     """A batch padded to one length has the gradient of its sequences one by one."""
-    W, U, x = (jnp.asarray(RANDOM.normal(size=shape)) for shape in ((4, 2), (4, 4), (3, TAU, 2)))
-    labels, lengths = jnp.asarray(RANDOM.integers(0, 4, size=(3, TAU))), (2, 5, 1)
+    random = np.random.default_rng(1)
+    W, U, x = (jnp.asarray(random.normal(size=shape)) for shape in ((4, 2), (4, 4), (3, TAU, 2)))
+    labels, lengths = jnp.asarray(random.integers(0, 4, size=(3, TAU))), (2, 5, 1)
     mask = jnp.asarray(np.arange(TAU) < np.array(lengths)[:, None])
     padded = jnp.where(mask[..., None], x, jnp.nan)
 

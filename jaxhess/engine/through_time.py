@@ -53,12 +53,17 @@ def through_time(
             if _is_float(h)
         ]
 
-        def body(dh: Arrays, at_step: tuple[Arrays, Arrays]):
-            part, here = at_step
-            dh_next, d_outputs = linear(fixed, here, moving, dh, part)
-            return dh_next, (d_outputs, dh)
+        def push(start: Arrays, parts: Arrays, moving: Arrays) -> tuple[Arrays, tuple[Arrays, Arrays]]:
+            def body(dh: Arrays, at_step: tuple[Arrays, Arrays]) -> tuple[Arrays, tuple[Arrays, Arrays]]:
+                part, here = at_step
+                following, d_outputs = linear(fixed, here, moving, dh, part)
+                return following, (d_outputs, dh)
 
-        d_last, (d_outputs, d_states) = jax.lax.scan(body, start, (parts, varying), length, reverse, unroll)
+            return jax.lax.scan(body, start, (parts, varying), length, reverse, unroll)
+
+        # Linear already, but JAX before 0.9 transposes only scans that it has linearised itself.
+        given = (start, parts, moving)
+        d_last, (d_outputs, d_states) = jax.linearize(push, *jax.tree.map(jnp.zeros_like, given))[1](*given)
         filled = [_fill(a, d) for a, d in ((last, d_last), (outputs, d_outputs), (states, d_states))]
         return (last, outputs, states), tuple(filled)
 

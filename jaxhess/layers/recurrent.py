@@ -9,13 +9,14 @@ with dE/dz_s what reaches z_s from outside of the layer, the layer above at all 
 recursion for g runs backwards in time; the sums over s, and over the batch, are ONE matrix product each (Corollary 3:
 rank <= r tau), not tau products with an accumulated (m, n) array as autodiff of a scan makes them.
 
-As in `dense`, what is stated is the tangent map, in both modes at once:
+As in `dense`, what is stated is the tangent map, and with it both modes:
 
     e_s = dW x_s + W dx_s + dU z_{s-1} + db            all s together, outside of the scan
-    dz_s = f'(y_s) * (e_s + U dz_{s-1})                a scan that is linear in dz
+    dz_s = f'(y_s) * (e_s + U dz_{s-1})                a scan, linear in (e, dz_0)
 
-Its transpose, which JAX derives, is the above: a scan backwards that carries g alone, then the products. A step that
-the mask leaves out has z_s = z_{s-1}, hence dz_s = dz_{s-1} and v_s = 0.
+Its transpose, which JAX derives, is the above: a scan backwards that carries g alone, then the products. The scan is the
+linearisation of the states in `W x_s` and z_0, and keeps U and f'(y_s) only. A step that the mask leaves out has
+z_s = z_{s-1}, hence dz_s = dz_{s-1} and v_s = 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -129,8 +130,8 @@ def jaxhess_recurrent(
     activation: Function, weight: Array, feedback: Array, bias: Array | None, inputs: Array, state: Array, mask: Array | None
 ) -> Array:
     """The layer's value. The engine knows the layer by this function's name in the traced graph."""
-    driven = jnp.moveaxis(preactivation(weight, bias, inputs), -2, 0)
-    return jnp.moveaxis(_scan(activation, feedback, driven, state, _time_first(mask, weight.shape[0])), 0, -2)
+    driven, taken = jnp.moveaxis(preactivation(weight, bias, inputs), -2, 0), _time_first(mask, weight.shape[0])
+    return jnp.moveaxis(_scan(activation, partial(apply, feedback), driven, state, taken), 0, -2)
 
 
 def _time_first(mask: Array | None, m: int) -> Array | None:
@@ -140,12 +141,12 @@ def _time_first(mask: Array | None, m: int) -> Array | None:
     return jnp.broadcast_to(jnp.moveaxis(mask, -1, 0)[..., None], (mask.shape[-1], *mask.shape[:-1], m))
 
 
-def _scan(activation: Function, U: Array, driven: Array, z0: Array, mask: Array | None):
-    """All z_s from `driven_s = W x_s + b`; time is the first axis."""
+def _scan(activation: Function, fed_back: Function, driven: Array, z0: Array, mask: Array | None) -> Array:
+    """All `z_s = f(driven_s + fed_back(z_{s-1}))`; time is the first axis."""
 
     def step(z: Array, at_step: tuple[Array, Array | None]):
         driven, taken = at_step
-        new = activation(driven + apply(U, z))
+        new = activation(driven + fed_back(z))
         new = new if taken is None else jnp.where(taken, new, z)
         return new, new
 
@@ -159,73 +160,40 @@ def _recurrent(activation: Function, W: Array, U: Array, b: Array | None, x: Arr
 
 @partial(_recurrent.defjvp, symbolic_zeros=True)
 def _recurrent_jvp(activation, primals, tangents):
-    (W, U, b, x, z0, mask), (W_dot, U_dot, b_dot, x_dot, z0_dot, mask_dot) = primals, tangents
-    x, mask = jnp.moveaxis(x, -2, 0), _time_first(mask, W.shape[0])
-    if not isinstance(x_dot, SymbolicZero):
-        x_dot = jnp.moveaxis(x_dot, -2, 0)
-    primals, tangents = (W, U, b, x, z0, mask), (W_dot, U_dot, b_dot, x_dot, z0_dot, mask_dot)
-    (z, _), (z_dot, _) = _push(activation, primals, tangents, twice=False)
-    return jnp.moveaxis(z, 0, -2), jnp.moveaxis(z_dot, 0, -2)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _states(activation: Function, W: Array, U: Array, b: Array | None, x: Array, z0: Array, mask: Array | None):
-    """All z_s and all y_s, time first: what the tangent map is made of, so that derivatives of it use it in turn."""
-    transposed = U.T  # once, rather than in the product of every step
-
-    def step(z: Array, at_step: tuple[Array, Array | None]):
-        driven, taken = at_step
-        biased = driven if b is None else driven + jnp.broadcast_to(b, driven.shape)
-        y = biased + matmul(z, transposed)
-        new = activation(y) if taken is None else jnp.where(taken, activation(y), z)
-        return new, (new, y)
-
-    return jax.lax.scan(step, z0, (apply(W, x), mask))[1]
-
-
-@partial(_states.defjvp, symbolic_zeros=True)
-def _states_jvp(activation, primals, tangents):
-    return _push(activation, primals, tangents, twice=True)
-
-
-def _push(activation: Function, primals, tangents, twice: bool):
-    """The value of `_states` and the tangents of z and, to be differentiated once more, of y."""
     (W, U, b, x, z0, mask), (W_dot, U_dot, b_dot, x_dot, z0_dot, _) = primals, tangents
-    z, y = _states(activation, *primals)
+    x, taken, transposed = jnp.moveaxis(x, -2, 0), _time_first(mask, W.shape[0]), U.T
+
+    def fed_back(z: Array) -> Array:
+        y = _fed_back(U, transposed, z)
+        return y if b is None else y + jnp.broadcast_to(b, y.shape)
+
+    def states(driven: Array, z0: Array) -> Array:
+        return _scan(activation, fed_back, driven, z0, taken)
+
+    # The linear scan is left to JAX to derive: older releases do not transpose one that is written out.
+    z, push = jax.linearize(states, apply(W, x), z0)
     terms = []
     if not isinstance(W_dot, SymbolicZero):
         terms.append(apply(W_dot, x))
     if not isinstance(x_dot, SymbolicZero):
-        terms.append(apply(W, x_dot))
+        terms.append(apply(W, jnp.moveaxis(x_dot, -2, 0)))
     if not isinstance(U_dot, SymbolicZero):
         terms.append(apply(U_dot, jnp.concatenate([z0[None], z[:-1]])))
     if b is not None and not isinstance(b_dot, SymbolicZero):
-        terms.append(jnp.broadcast_to(b_dot, y.shape))
-    e = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
-    if isinstance(z0_dot, SymbolicZero):
-        z0_dot = jnp.zeros_like(z0)
-    at = _linearisation_point(activation, y, mask)
-
-    def step(z_dot: Array, at_step):
-        e, at, taken = at_step
-        y_dot = e + apply(U, z_dot)
-        new = _linearised(activation, at, y_dot)
-        new = new if taken is None else jnp.where(taken, new, z_dot)
-        return new, (new, y_dot if twice else None)
-
-    return (z, y), jax.lax.scan(step, z0_dot, (e, at, mask))[1]
+        terms.append(jnp.broadcast_to(b_dot, z.shape))
+    e = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(z)
+    z_dot = push(e, jnp.zeros_like(z0) if isinstance(z0_dot, SymbolicZero) else z0_dot)
+    return jnp.moveaxis(z, 0, -2), jnp.moveaxis(z_dot, 0, -2)
 
 
-def _linearisation_point(activation: Function, y: Array, mask: Array | None) -> Array:
-    """What `_linearised` needs of y: f'(y), or y itself where f is not component-wise or is linear already."""
-    if not isinstance(activation, Activation) or activation.kind == "linear":
-        return y
-    slope = activation.derivative(y)
-    return slope if mask is None else jnp.where(mask, slope, 0)
+@jax.custom_jvp
+def _fed_back(U: Array, transposed: Array, z: Array) -> Array:
+    """`U z` by U^T, laid out once and not in every step; the tangent by U, whose transpose needs no other layout."""
+    return matmul(z, transposed)
 
 
-def _linearised(activation: Function, at: Array, y_dot: Array) -> Array:
-    """The tangent of f(y)."""
-    if not isinstance(activation, Activation) or activation.kind == "linear":
-        return jax.jvp(activation, (at,), (y_dot,))[1]
-    return at * y_dot
+@partial(_fed_back.defjvp, symbolic_zeros=True)
+def _fed_back_jvp(primals, tangents):
+    (U, transposed, z), (U_dot, _, z_dot) = primals, tangents
+    result = apply(U, z_dot)
+    return matmul(z, transposed), result if isinstance(U_dot, SymbolicZero) else result + apply(U_dot, z)
