@@ -104,7 +104,7 @@ def curvature(params, images, labels):
     """The exact Hessian, the eigenvalues of its blocks, and what each pair of rows (s, zeta) adds to the trace of W's."""
     H = jaxhess.hessian(error)(params, images, labels)
     spectra = {path: block.eigvalsh() for path, block in H.items()}
-    Q, x, _ = H["recurrent"]["weight"].explicit().operands  # Q (r, rows, units, rows, units), x (r, rows, pixels)
+    Q, x = H["recurrent"]["weight"].kronecker_terms()  # Q (r, rows, units, rows, units), x (r, rows, pixels)
     pairs = jnp.einsum("rsizi,rsq,rzq->sz", Q, x, x) / len(images)
     return H, spectra, pairs
 

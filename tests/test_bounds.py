@@ -262,7 +262,7 @@ def test_other_arguments_that_do_not_fit(bounds):
     H = KroneckerProductSum(Q, Z)
     with pytest.raises(InputError, match=r"own Z, got another of shape \(3, 4\)"):
         bounds(H, Z)
-    with pytest.raises(InputError, match="or a KroneckerProductSum, got a Diagonal alone"):
+    with pytest.raises(InputError, match="or an operator that holds them, got a Diagonal alone"):
         bounds(jaxhess.operators.Diagonal(Z))
     for anchor in (1.5, "last", [0]):
         with pytest.raises(InputError, match="Python integers"):

@@ -57,10 +57,7 @@ class ImplicitKroneckerSum(CurvatureOperator):
 
     def mv(self, vector):
         check_vector("ImplicitKroneckerSum", vector, self.parameter_shape)
-        vector = jnp.asarray(vector, self.factor.dtype)
-        sizes = [use.labels.weight_sizes for use in self.term.uses]
-        vectors = [scale * vector.reshape(s) for s, scale in zip(sizes, self.scales, strict=True)]
-        return self._read(self.term.apply(self.term.push(vectors)))
+        return _product(self, jnp.asarray(vector, self.factor.dtype))
 
     def _read(self, pulled: Tangents) -> Array:
         products = self.term.read(pulled)
@@ -85,7 +82,7 @@ class ImplicitKroneckerSum(CurvatureOperator):
                 f"{self!r} is not a sum of Kronecker products alone: its parameter is used more than once, or not in "
                 "products with vectors, or its input depends on it. Use as_matrix() or mv."
             )
-        (Q,), positions = self._arrays()[0].values(), use.labels.positions
+        (Q,), positions = _arrays(self)[0].values(), use.labels.positions
         y, z = use.labels.output, use.labels.input or ()
         first, second = [("y", label) for label in y], [("x", label) for label in y]
 
@@ -110,7 +107,7 @@ class ImplicitKroneckerSum(CurvatureOperator):
             return None
         outputs = {n: use.outputs for n, use in enumerate(self.term.uses) if use.outputs is not None}
         inputs = {n: use.inputs for n, use in enumerate(self.term.uses) if use.inputs is not None}
-        Q, S = self._arrays()
+        Q, S = _arrays(self)
         terms = []
         for j in uses:
             for k in range(j, len(uses)):
@@ -133,28 +130,6 @@ class ImplicitKroneckerSum(CurvatureOperator):
             label += use.labels.labels
         return uses
 
-    def _arrays(self) -> tuple[dict[tuple[int, int], Array], dict[tuple[int, int], Array]]:
-        """Q_jk for j <= k and S_jk, from the products of K with one unit at one place, for all examples at once."""
-        Q: dict[tuple[int, int], Array] = {}
-        S: dict[tuple[int, int], Array] = {}
-        r = self.term.examples
-        for k, use in enumerate(self.term.uses):
-            size = math.prod(use.labels.output_sizes)
-
-            def column(i: Array, use: ImplicitUse = use, size: int = size) -> tuple[list[Array], list[Array]]:
-                unit = jnp.zeros((r, size), self.factor.dtype).at[:, i].set(1)
-                pulled = self.term.apply({"probes": {use.key: unit}, "shifts": {}, "pulls": {}})
-                return (
-                    [pulled["probes"][other.key].reshape(r, -1) for other in self.term.uses],
-                    [pulled["pulls"][other.key].reshape(r, -1) for other in self.term.uses if other.sensitive],
-                )
-
-            curvatures, states = jax.lax.map(column, jnp.arange(size), batch_size=min(size, self._chunk()))
-            Q |= {(j, k): jnp.moveaxis(array, 0, 2) for j, array in enumerate(curvatures) if j <= k}
-            sensitive = [j for j, other in enumerate(self.term.uses) if other.sensitive]
-            S |= {(j, k): jnp.moveaxis(array, 0, 2) for j, array in zip(sensitive, states, strict=True)}
-        return Q, S
-
     def _chunk(self) -> int:
         """How many products at once: few enough for the caches, enough for the matrix products at a step, within memory."""
         numbers = sum(math.prod(shape) for kind, _, shape, _ in self.term.shapes if kind != "shifts")
@@ -172,23 +147,21 @@ class ImplicitKroneckerSum(CurvatureOperator):
     def as_matrix(self):
         check_operator_fits(self)
         explicit = self._best()
-        if explicit is not None:
-            return explicit.as_matrix()
-        return self._map(lambda index, pulled: self._read(pulled).reshape(-1)).T
+        return _matrix(self) if explicit is None else explicit.as_matrix()
 
     def transpose(self):
         return self
 
     def diagonal(self):
         explicit = self._best()
-        return self._entries().reshape(self.parameter_shape) if explicit is None else explicit.diagonal()
+        return _entries(self).reshape(self.parameter_shape) if explicit is None else explicit.diagonal()
 
     def trace(self):
         explicit = self._best()
-        return jnp.sum(self._entries()) if explicit is None else explicit.trace()
+        return jnp.sum(_entries(self)) if explicit is None else explicit.trace()
 
     def frobenius_norm(self):
-        return jnp.sqrt(jnp.sum(self._map(lambda index, pulled: jnp.sum(self._read(pulled) ** 2))))
+        return _norm(self)
 
     def _map(self, reading: Callable[[Array, Tangents], Array]) -> Array:
         """`reading(i, K e_i)` for each component of the parameter."""
@@ -197,9 +170,6 @@ class ImplicitKroneckerSum(CurvatureOperator):
             return reading(index, self.term.apply(self.term.unit(index, self.scales)))
 
         return jax.lax.map(one, jnp.arange(self.in_size()), batch_size=min(self._chunk(), self.in_size()))
-
-    def _entries(self) -> Array:
-        return self.factor * self._map(lambda index, pulled: self.term.entry(index, pulled, self.scales))
 
     def scaled(self, factor):
         scaled = self.factor * as_scalar("ImplicitKroneckerSum", factor, self.factor.dtype)
@@ -213,3 +183,52 @@ class ImplicitKroneckerSum(CurvatureOperator):
 
     def __repr__(self):
         return describe(self, f"{len(self.term.uses)} uses at {self.places} units and places, {self.term.examples} examples")
+
+
+# Compiled here once for each structure: called outside of a user's `jit`, their loops would be compiled every time.
+
+
+@jax.jit
+def _product(operator: ImplicitKroneckerSum, vector: Array) -> Array:
+    sizes = [use.labels.weight_sizes for use in operator.term.uses]
+    vectors = [scale * vector.reshape(s) for s, scale in zip(sizes, operator.scales, strict=True)]
+    return operator._read(operator.term.apply(operator.term.push(vectors)))
+
+
+@jax.jit
+def _matrix(operator: ImplicitKroneckerSum) -> Array:
+    return operator._map(lambda index, pulled: operator._read(pulled).reshape(-1)).T
+
+
+@jax.jit
+def _entries(operator: ImplicitKroneckerSum) -> Array:
+    return operator.factor * operator._map(lambda index, pulled: operator.term.entry(index, pulled, operator.scales))
+
+
+@jax.jit
+def _norm(operator: ImplicitKroneckerSum) -> Array:
+    return jnp.sqrt(jnp.sum(operator._map(lambda index, pulled: jnp.sum(operator._read(pulled) ** 2))))
+
+
+@jax.jit
+def _arrays(operator: ImplicitKroneckerSum) -> tuple[dict[tuple[int, int], Array], dict[tuple[int, int], Array]]:
+    """Q_jk for j <= k and S_jk, from the products of K with one unit at one place, for all examples at once."""
+    Q: dict[tuple[int, int], Array] = {}
+    S: dict[tuple[int, int], Array] = {}
+    r = operator.term.examples
+    for k, use in enumerate(operator.term.uses):
+        size = math.prod(use.labels.output_sizes)
+
+        def column(i: Array, use: ImplicitUse = use, size: int = size) -> tuple[list[Array], list[Array]]:
+            unit = jnp.zeros((r, size), operator.factor.dtype).at[:, i].set(1)
+            pulled = operator.term.apply({"probes": {use.key: unit}, "shifts": {}, "pulls": {}})
+            return (
+                [pulled["probes"][other.key].reshape(r, -1) for other in operator.term.uses],
+                [pulled["pulls"][other.key].reshape(r, -1) for other in operator.term.uses if other.sensitive],
+            )
+
+        curvatures, states = jax.lax.map(column, jnp.arange(size), batch_size=min(size, operator._chunk()))
+        Q |= {(j, k): jnp.moveaxis(array, 0, 2) for j, array in enumerate(curvatures) if j <= k}
+        sensitive = [j for j, other in enumerate(operator.term.uses) if other.sensitive]
+        S |= {(j, k): jnp.moveaxis(array, 0, 2) for j, array in zip(sensitive, states, strict=True)}
+    return Q, S

@@ -35,23 +35,37 @@ def mapped_matrix(operator: lx.AbstractLinearOperator, batch_size: int | None = 
     >>> mapped_matrix(square).tolist()
     [[2.0, 0.0], [0.0, 2.0]]
     """
-    return _map_columns(operator, lambda i, column: column, batch_size).T
+    return _map_columns(operator, _whole, batch_size).T
 
 
 def mapped_diagonal(operator: lx.AbstractLinearOperator, batch_size: int | None = None) -> Array:
     """The diagonal of a square operator, in the shape of its input."""
-    diagonal = _map_columns(operator, lambda i, column: column[i], batch_size)
+    diagonal = _map_columns(operator, _own_entry, batch_size)
     return diagonal.reshape(operator.in_structure().shape)
 
 
 def mapped_trace(operator: lx.AbstractLinearOperator, batch_size: int | None = None) -> Float[Array, ""]:
     """The trace of a square operator."""
-    return jnp.sum(_map_columns(operator, lambda i, column: column[i], batch_size))
+    return jnp.sum(_map_columns(operator, _own_entry, batch_size))
 
 
 def mapped_frobenius_norm(operator: lx.AbstractLinearOperator, batch_size: int | None = None) -> Float[Array, ""]:
     """The root of the sum of all squared entries."""
-    return jnp.sqrt(jnp.sum(_map_columns(operator, lambda i, column: jnp.sum(column**2), batch_size)))
+    return jnp.sqrt(jnp.sum(_map_columns(operator, _sum_of_squares, batch_size)))
+
+
+def _whole(i: Array, column: Array) -> Array:
+    del i
+    return column
+
+
+def _own_entry(i: Array, column: Array) -> Array:
+    return column[i]
+
+
+def _sum_of_squares(i: Array, column: Array) -> Array:
+    del i
+    return jnp.sum(column**2)
 
 
 def _map_columns(operator: Any, reading: Callable[[Array, Array], Array], batch_size: int | None) -> Array:
@@ -59,12 +73,22 @@ def _map_columns(operator: Any, reading: Callable[[Array, Array], Array], batch_
     if batch_size is None:
         batch_size = _CHUNK_BYTES // (structure.dtype.itemsize * max(operator.out_size(), size, 1))
     batch_size = max(1, min(batch_size, size))
+    arrays = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(operator))
+    return (_compiled_readings if arrays else _readings)(operator, reading, batch_size)
 
-    def column(i):
+
+def _readings(operator: Any, reading: Callable[[Array, Array], Array], batch_size: int) -> Array:
+    structure, size = operator.in_structure(), operator.in_size()
+
+    def column(i: Array) -> Array:
         unit = jnp.zeros(size, structure.dtype).at[i].set(1)
         return reading(i, operator.mv(unit.reshape(structure.shape)).reshape(-1))
 
     return jax.lax.map(column, jnp.arange(size), batch_size=batch_size)
+
+
+# Called outside of a user's `jit`, the loop would be compiled every time.
+_compiled_readings = jax.jit(_readings, static_argnums=(1, 2))
 
 
 def dense_eigvalsh(operator: Any) -> Float[Array, "N"]:

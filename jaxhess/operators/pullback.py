@@ -68,25 +68,7 @@ class Pullback(CurvatureOperator):
 
     def mv(self, vector):
         check_vector("Pullback", vector, self.point.shape)
-        vector = jnp.asarray(vector, self.point.dtype)
-
-        def weights(p: Array) -> tuple[Array, ...]:
-            return self.function(p, self.others)
-
-        def pull(p: Array) -> Array:
-            values, vjp = jax.vjp(weights, p)
-            return vjp(tuple(g.astype(w.dtype) for g, w in zip(self.gradients, values, strict=True)))[0]
-
-        values, vjp = jax.vjp(weights, self.point)
-        if self.reverse_only:
-            (tangents,) = jax.linear_transpose(lambda cotangents: vjp(cotangents)[0], values)(vector)
-        else:
-            tangents = jax.jvp(weights, (self.point,), (vector,))[1]
-        products = [jnp.zeros(w.shape, w.dtype) for w in values]
-        for term in self.terms:
-            term.add_product(products, tangents)
-        first = vjp(tuple(p.astype(w.dtype) for p, w in zip(products, values, strict=True)))[0]
-        return self.factor * (first + jax.jvp(pull, (self.point,), (vector,))[1])
+        return _product(self, jnp.asarray(vector, self.point.dtype))
 
     def as_matrix(self):
         check_operator_fits(self)
@@ -116,3 +98,24 @@ class Pullback(CurvatureOperator):
 
     def __repr__(self):
         return describe(self, f"{len(self.terms)} terms through the weights' own computation")
+
+
+@jax.jit
+def _product(operator: Pullback, vector: Array) -> Array:
+    def weights(p: Array) -> tuple[Array, ...]:
+        return operator.function(p, operator.others)
+
+    def pull(p: Array) -> Array:
+        values, vjp = jax.vjp(weights, p)
+        return vjp(tuple(g.astype(w.dtype) for g, w in zip(operator.gradients, values, strict=True)))[0]
+
+    values, vjp = jax.vjp(weights, operator.point)
+    if operator.reverse_only:
+        (tangents,) = jax.linear_transpose(lambda cotangents: vjp(cotangents)[0], values)(vector)
+    else:
+        tangents = jax.jvp(weights, (operator.point,), (vector,))[1]
+    products = [jnp.zeros(w.shape, w.dtype) for w in values]
+    for term in operator.terms:
+        term.add_product(products, tangents)
+    first = vjp(tuple(p.astype(w.dtype) for p, w in zip(products, values, strict=True)))[0]
+    return operator.factor * (first + jax.jvp(pull, (operator.point,), (vector,))[1])
