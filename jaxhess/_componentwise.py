@@ -130,7 +130,8 @@ def elu_d2(y: Array) -> Array:
 
 def _sech(y: Array) -> Array:
     e = jnp.exp(-jnp.abs(y))
-    return 2 * e / (1 + e * e)
+    # 1 + e^2, but XLA would make a second exponential of the product of e with itself.
+    return 2 * e / ((1 + e) * (1 + e) - 2 * e)
 
 
 sech = with_derivative(_sech, lambda y: -sech(y) * jnp.tanh(y))
