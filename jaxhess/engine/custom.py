@@ -6,6 +6,7 @@ only if the rule is the value's derivative. So the rule is held against autodiff
 a sample, at numbers of both signs and two sizes, with cotangents of two sizes, which tell a clipped one.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,9 +32,14 @@ def check_custom_derivatives(plan: Plan) -> None:
     Functions that cannot be run at a fixed point (keys of random numbers, values traced outside) and values that JAX
     cannot differentiate are passed over: there the rule is all there is.
     """
+    operations = [operation for operation, _ in nested((*plan.before, *plan.during))]
+    moving = [operation for operation in operations if any(i in plan.live for i in operation.inputs)]
+    inside = [inner for operation in moving for inner in _branches(operation)]
+    floating = {i for op in inside for i in op.inputs if jnp.issubdtype(plan.graph.avals[i].dtype, jnp.floating)}
+    plan = dataclasses.replace(plan, live=plan.live | floating)
     candidates = [
         operation
-        for operation, _ in nested((*plan.before, *plan.during))
+        for operation in (*operations, *inside)
         if operation.name.startswith("custom_")
         and body_of(operation.equation) is not None
         and any(i in plan.live for i in operation.inputs)
@@ -54,6 +60,12 @@ def check_custom_derivatives(plan: Plan) -> None:
             "Hessian. Write its value so that the rule is its derivative, for example "
             "x + jax.lax.stop_gradient(value - x), or leave the function out of the Hessian."
         )
+
+
+def _branches(operation: Operation) -> Iterator[Operation]:
+    for inner, _ in nested(operation.branches):
+        yield inner
+        yield from _branches(inner)
 
 
 Comparison = tuple[Any, Sequence[np.ndarray], Sequence[np.ndarray]]

@@ -6,7 +6,7 @@ the same in every step straight from the graph around the loop, so a parameter h
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.extend.core import JaxprEqn
 from jaxhess._typing import Array
 from jaxhess.engine.through_time import plain, through_time
 
-__all__ = ["Graph", "Loop", "Operation", "Probe", "evaluate", "leading_to", "nested"]
+__all__ = ["Graph", "Loop", "Operation", "Probe", "evaluate", "leading_to", "nested", "renumbered"]
 
 _LIBRARY_FOLDERS = (os.path.dirname(jax.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -44,7 +44,8 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """One operation: variables are numbered, `apply` maps the inputs' values to the list of outputs' values."""
+    """One operation: variables are numbered, `apply` maps the inputs' values to the list of outputs' values. `branches` are
+    operations that it may run (a `cond`), for looking at only."""
 
     name: str
     inputs: tuple[int, ...]
@@ -54,6 +55,7 @@ class Operation:
     equation: JaxprEqn
     callers: tuple[JaxprEqn, ...] = ()
     loop: Loop | None = None
+    branches: tuple["Operation", ...] = ()
 
     @property
     def where(self) -> str:
@@ -109,6 +111,31 @@ def nested(
         yield operation, loops
         if operation.loop is not None:
             yield from nested(operation.loop.operations, (*loops, operation))
+
+
+def renumbered(operation: Operation, numbers: Mapping[int, int], but: Collection[Operation]) -> Operation:
+    """The operation reading other variables, in its body too, except in the operations `but`."""
+    if operation in but:
+        return operation
+    inputs = tuple(numbers.get(i, i) for i in operation.inputs)
+    loop = operation.loop
+    if loop is None:
+        return operation if inputs == operation.inputs else dataclasses.replace(operation, inputs=inputs)
+    count = len(loop.shared)
+    added = tuple(numbers[i] for i in loop.shared if i in numbers)
+    inside = dataclasses.replace(
+        loop,
+        operations=tuple(renumbered(inner, numbers, but) for inner in loop.operations),
+        shared=(*loop.shared, *added),
+        next_carry=tuple(numbers.get(i, i) for i in loop.next_carry),
+        emitted=tuple(numbers.get(i, i) for i in loop.emitted),
+    )
+    return dataclasses.replace(
+        operation,
+        inputs=(*loop.shared, *added, *inputs[count:]),
+        apply=lambda *values: run_loop(inside, values, {})[0],
+        loop=inside,
+    )
 
 
 def evaluate(

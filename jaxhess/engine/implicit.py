@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._typing import Array, UnsupportedOperationError
-from jaxhess.engine.graph import Probe, evaluate
+from jaxhess.engine.graph import Operation, Probe, evaluate, nested
 from jaxhess.engine.plan import Plan
 
 __all__ = ["Implicit", "differentiate"]
@@ -58,18 +58,18 @@ def differentiate(
 
     def total(probes: dict[int, Array], shifts: dict[int, Array], pulls: dict[int, Array]):
         shared = {f: environment[f] for f in plan.frontier}
-        shared |= {leaves[n].variable: environment[leaves[n].variable] + shift for n, shift in shifts.items()}
+        shared |= {plan.shifted[leaves[n].variable]: environment[leaves[n].variable] + s for n, s in shifts.items()}
 
         def one(example: Sequence[Array], probes: dict[int, Array]):
             local = {**plan.graph.constants, **shared, **dict(zip(data, example, strict=True))}
             placed = {leaf.operation: Probe(probes[n], leaf.input) for n, leaf in structured.items() if leaf.operation}
-            seen = evaluate(plan.during, local, placed)
+            seen = evaluate(plan.probed, local, placed)
             read = {n: seen[leaf.operation] for n, leaf in structured.items() if leaf.operation}
-            return local[plan.graph.output], read, {v: _fixed(local[v]) for v in wanted}
+            return local[plan.shifted.get(plan.graph.output, plan.graph.output)], read, {v: local[v] for v in wanted}
 
         errors, read, values = jax.vmap(one, in_axes=(0, 0), axis_size=examples)(list(batch), probes)
         known = jax.lax.stop_gradient(jnp.where(jnp.isnan(errors), jnp.nan, 1).astype(errors.dtype))
-        read = {n: _wide(z if n in sensitive else _fixed(z)) for n, z in read.items()}
+        read = {n: _wide(z) for n, z in read.items()}
         return jnp.sum(known * errors) + sum(jnp.vdot(pulls[n], read[n]) for n in sensitive), (read, values)
 
     def first_order(parts: Parts):
@@ -101,20 +101,40 @@ def differentiate(
         else:
             (first, (kept, values)), linear = first_order(zeros), None
     except (NotImplementedError, TypeError, ValueError, ArithmeticError) as error:
-        loops = [operation for operation in plan.during if operation.loop is not None]
-        places = ", ".join(f"{operation.name} at {operation.where}" for operation in loops)
+        culprit = next((operation for operation in _live(plan) if not _twice_differentiable(plan, operation)), None)
+        where = "this model" if culprit is None else f"{culprit.name} at {culprit.where}"
         raise UnsupportedOperationError(
-            f"The exact curvature through {places} could not be computed: JAX cannot differentiate an operation in or "
-            f"before it twice ({error}). Replace that by an operation with a derivative, or exclude it with "
-            "jax.lax.stop_gradient."
+            f"The exact curvature of {where} could not be computed: JAX cannot differentiate it twice ({error}). Replace it "
+            "by an operation with a derivative, or exclude it with jax.lax.stop_gradient."
         ) from error
     shapes = tuple((kind, n, a.shape, a.dtype) for kind, part in zeros.items() for n, a in part.items())
     outputs = {n: _wide(g) for n, g in first["probes"].items()}
     return Implicit(outputs, {**kept, **first["pulls"]}, first["shifts"], values, linear, shapes)
 
 
-def _fixed(array: Array) -> Array:
-    return jax.lax.stop_gradient(array) if jnp.issubdtype(array.dtype, jnp.inexact) else array
+def _live(plan: Plan) -> list[Operation]:
+    operations = [operation for operation, _ in nested(plan.during) if operation.loop is None]
+    return [operation for operation in operations if plan.live.intersection(operation.inputs)]
+
+
+def _twice_differentiable(plan: Plan, operation: Operation) -> bool:
+    avals = [plan.graph.avals[i] for i in operation.inputs]
+    moving = [place for place, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.floating)]
+
+    def second(*values: Array) -> Any:
+        def total(*active: Array) -> Array:
+            given = dict(zip(moving, active, strict=True))
+            results = operation.apply(*(given.get(place, value) for place, value in enumerate(values)))
+            return sum((jnp.sum(o) for o in results if jnp.issubdtype(o.dtype, jnp.floating)), jnp.zeros(()))
+
+        active = [values[place] for place in moving]
+        return jax.jvp(jax.grad(total, argnums=tuple(range(len(moving)))), active, active)[1]
+
+    try:
+        jax.eval_shape(second, *avals)
+    except Exception:  # the same, whatever it is, that stopped the whole
+        return False
+    return True
 
 
 def _wide(array: Array) -> Array:

@@ -12,7 +12,7 @@ The sweep over an example covers the rest.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from jaxhess.engine.graph import Graph, Operation, nested
+from jaxhess.engine.graph import Graph, Operation, nested, renumbered
 from jaxhess.engine.partition import implicit_variables
 from jaxhess.engine.reach import Reached, reach
 from jaxhess.engine.rules.elementwise import has_no_second_derivative, is_componentwise
@@ -87,7 +87,8 @@ class Leaf:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The two stages; `live` holds every variable that a parameter reaches through derivatives, `swept` those that a leaf of
-    the sweep does. `leaves` are those of the sweep, then the implicit ones."""
+    the sweep does. `leaves` are those of the sweep, then the implicit ones. `probed` are the operations of an example with
+    other numbers, `shifted`, for the implicit variables outside of their structured uses."""
 
     graph: Graph
     parameters: tuple[int, ...]
@@ -100,6 +101,8 @@ class Plan:
     views: dict[int, View]
     live: frozenset[int]
     swept: frozenset[int]
+    probed: tuple[Operation, ...]
+    shifted: dict[int, int]
 
     @property
     def explicit(self) -> tuple[Leaf, ...]:
@@ -130,9 +133,11 @@ def make_plan(graph: Graph, parameters: int) -> Plan:
     explicit = [f for f in candidates if f not in implicit]
     swept = frozenset(reach(graph, during, {f: reached[f] for f in explicit}))
     steps, leaves = _uses(graph, during, explicit, swept, reached)
+    implicit_leaves = _implicit_leaves(graph, during, implicit, reached)
+    probed, shifted = _shifted(graph, during, implicit_leaves)
     return Plan(
         graph, roots, tuple(before), tuple(during), frontier, _steps(graph, before, live, set(frontier), {}), steps,
-        (*leaves, *_implicit_leaves(graph, during, implicit, reached)), _views(graph, roots, before, live), live, swept,
+        (*leaves, *implicit_leaves), _views(graph, roots, before, live), live, swept, probed, shifted,
     )  # fmt: skip
 
 
@@ -194,6 +199,20 @@ def _views(graph: Graph, roots: Sequence[int], before: Iterable[Operation], live
         if view is not None:
             views[output] = view
     return views
+
+
+def _shifted(
+    graph: Graph, operations: Sequence[Operation], leaves: Sequence[Leaf]
+) -> tuple[tuple[Operation, ...], dict[int, int]]:
+    """The operations with a number of its own for each variable that is a leaf, wherever it has no structured use: a shift
+    of the one must not move the other."""
+    numbers: dict[int, int] = {}
+    for leaf in leaves:
+        if not leaf.structured:
+            numbers[leaf.variable] = len(graph.avals)
+            graph.avals[len(graph.avals)] = graph.avals[leaf.variable]
+    structured = {leaf.operation for leaf in leaves if leaf.operation is not None}
+    return tuple(renumbered(operation, numbers, structured) for operation in operations), numbers
 
 
 def _uses(

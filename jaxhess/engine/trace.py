@@ -106,6 +106,8 @@ class _Builder:
                 if name in _BROADCASTING:
                     operands = [self.broadcast(i, self.avals[results[0]].shape, equation, callers) for i in operands]
                 operation = _operation(equation, operands, results, callers)
+                if name == "cond":
+                    operation = dataclasses.replace(operation, branches=self.branches(equation, callers))
                 if self.is_known_count(equation, operands):
                     with jax.ensure_compile_time_eval():
                         (self.constants[results[0]],) = operation.apply(*(self.constants[i] for i in operands))
@@ -113,6 +115,13 @@ class _Builder:
                     self.operations.append(operation)
             environment |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def branches(self, equation: JaxprEqn, callers: tuple[JaxprEqn, ...]) -> tuple[Operation, ...]:
+        """The operations of all branches of a `cond`, on variables of their own."""
+        inner = _Builder(self)
+        for branch in equation.params["branches"]:
+            inner.inline(branch, [self.variable(v.aval) for v in branch.jaxpr.invars], (*callers, equation))
+        return tuple(inner.operations)
 
     def is_known_count(self, equation: JaxprEqn, operands: Sequence[int]) -> bool:
         """Whether an operation gives an integer that is known before anything runs: what the length of a loop may be."""

@@ -62,7 +62,7 @@ class ImplicitKroneckerSum(CurvatureOperator):
     def _read(self, pulled: Tangents) -> Array:
         products = self.term.read(pulled)
         parts = [scale * product.reshape(self.parameter_shape) for product, scale in zip(products, self.scales, strict=True)]
-        return self.factor * sum(parts[1:], parts[0])
+        return (self.factor * sum(parts[1:], parts[0])).astype(self.factor.dtype)
 
     @property
     def places(self) -> int:
@@ -147,18 +147,19 @@ class ImplicitKroneckerSum(CurvatureOperator):
     def as_matrix(self):
         check_operator_fits(self)
         explicit = self._best()
-        return _matrix(self) if explicit is None else explicit.as_matrix()
+        return _matrix(self) if explicit is None else explicit.as_matrix().astype(self.factor.dtype)
 
     def transpose(self):
         return self
 
     def diagonal(self):
         explicit = self._best()
-        return _entries(self).reshape(self.parameter_shape) if explicit is None else explicit.diagonal()
+        entries = _entries(self) if explicit is None else explicit.diagonal().astype(self.factor.dtype)
+        return entries.reshape(self.parameter_shape)
 
     def trace(self):
         explicit = self._best()
-        return jnp.sum(_entries(self)) if explicit is None else explicit.trace()
+        return jnp.sum(_entries(self)) if explicit is None else explicit.trace().astype(self.factor.dtype)
 
     def frobenius_norm(self):
         return _norm(self)
@@ -169,6 +170,8 @@ class ImplicitKroneckerSum(CurvatureOperator):
         def one(index: Array) -> Array:
             return reading(index, self.term.apply(self.term.unit(index, self.scales)))
 
+        if self.in_size() == 0:
+            return jnp.zeros((0, 0), self.factor.dtype)
         return jax.lax.map(one, jnp.arange(self.in_size()), batch_size=min(self._chunk(), self.in_size()))
 
     def scaled(self, factor):
@@ -202,7 +205,8 @@ def _matrix(operator: ImplicitKroneckerSum) -> Array:
 
 @jax.jit
 def _entries(operator: ImplicitKroneckerSum) -> Array:
-    return operator.factor * operator._map(lambda index, pulled: operator.term.entry(index, pulled, operator.scales))
+    entries = operator._map(lambda index, pulled: operator.term.entry(index, pulled, operator.scales))
+    return (operator.factor * entries).astype(operator.factor.dtype)
 
 
 @jax.jit

@@ -79,6 +79,8 @@ def _map_columns(operator: Any, reading: Callable[[Array, Array], Array], batch_
 
 def _readings(operator: Any, reading: Callable[[Array, Array], Array], batch_size: int) -> Array:
     structure, size = operator.in_structure(), operator.in_size()
+    if size == 0:
+        return jnp.zeros((0, 0), structure.dtype)
 
     def column(i: Array) -> Array:
         unit = jnp.zeros(size, structure.dtype).at[i].set(1)
