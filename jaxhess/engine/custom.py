@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from jaxhess._typing import Array, UnsupportedOperationError
-from jaxhess.engine.graph import Operation, nested
+from jaxhess.engine.graph import Operation, everything, nested
 from jaxhess.engine.plan import Plan
 from jaxhess.engine.trace import body_of
 
@@ -34,7 +34,7 @@ def check_custom_derivatives(plan: Plan) -> None:
     """
     operations = [operation for operation, _ in nested((*plan.before, *plan.during))]
     moving = [operation for operation in operations if any(i in plan.live for i in operation.inputs)]
-    inside = [inner for operation in moving for inner in _branches(operation)]
+    inside = [inner for operation in moving for inner in everything(operation.branches)]
     floating = {i for op in inside for i in op.inputs if jnp.issubdtype(plan.graph.avals[i].dtype, jnp.floating)}
     plan = dataclasses.replace(plan, live=plan.live | floating)
     candidates = [
@@ -60,12 +60,6 @@ def check_custom_derivatives(plan: Plan) -> None:
             "Hessian. Write its value so that the rule is its derivative, for example "
             "x + jax.lax.stop_gradient(value - x), or leave the function out of the Hessian."
         )
-
-
-def _branches(operation: Operation) -> Iterator[Operation]:
-    for inner, _ in nested(operation.branches):
-        yield inner
-        yield from _branches(inner)
 
 
 Comparison = tuple[Any, Sequence[np.ndarray], Sequence[np.ndarray]]

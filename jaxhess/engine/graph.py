@@ -16,7 +16,7 @@ from jax.extend.core import JaxprEqn
 from jaxhess._typing import Array
 from jaxhess.engine.through_time import plain, through_time
 
-__all__ = ["Graph", "Loop", "Operation", "Probe", "evaluate", "leading_to", "nested", "renumbered"]
+__all__ = ["Graph", "Loop", "Operation", "Probe", "evaluate", "everything", "leading_to", "nested", "renumbered"]
 
 _LIBRARY_FOLDERS = (os.path.dirname(jax.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -113,6 +113,13 @@ def nested(
             yield from nested(operation.loop.operations, (*loops, operation))
 
 
+def everything(operations: Sequence[Operation]) -> Iterator[Operation]:
+    """Every operation, those in bodies of loops and in branches included."""
+    for operation, _ in nested(operations):
+        yield operation
+        yield from everything(operation.branches)
+
+
 def renumbered(operation: Operation, numbers: Mapping[int, int], but: Collection[Operation]) -> Operation:
     """The operation reading other variables, in its body too, except in the operations `but`."""
     if operation in but:
@@ -191,6 +198,6 @@ def run_loop(
 
 def _in_both_modes(loop: Loop, values: Sequence[Array]) -> bool:
     """Whether the steps can be linearised one by one: a `custom_vjp` function has no tangent map."""
-    names = {operation.name for operation, _ in nested(loop.operations)}
+    names = {operation.name for operation in everything(loop.operations)}
     real = not any(jnp.issubdtype(value.dtype, jnp.complexfloating) for value in values)
     return loop.length > 0 and real and not any(name.startswith("custom_vjp") for name in names)
