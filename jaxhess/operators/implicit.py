@@ -94,10 +94,12 @@ class ImplicitKroneckerSum(CurvatureOperator):
         Q = Q.reshape(self.term.examples, *use.labels.output_sizes, *use.labels.output_sizes)
         Q = jnp.transpose(Q, [names.index(name) for name in wanted])
         Z = jnp.transpose(use.z[0], [use.z[1].index(label) for label in (EXAMPLE, *order(z))])
-        places = math.prod(size for label, size in zip(y, use.labels.output_sizes, strict=True) if label in positions)
-        m = math.prod(use.labels.output_sizes) // places
+        sizes = dict(zip(y, use.labels.output_sizes, strict=True))
+        places = math.prod(size for label, size in sizes.items() if label in positions)
+        m = math.prod(size for label, size in sizes.items() if label not in positions)
         Q = Q.reshape(self.term.examples, places, m, places, m)
-        return self.factor * self.scales[0] ** 2 * Q, Z.reshape(self.term.examples, places, -1)
+        n = math.prod(size for label, size in zip(z, use.labels.input_sizes, strict=True) if label not in positions)
+        return self.factor * self.scales[0] ** 2 * Q, Z.reshape(self.term.examples, places, n)
 
     def explicit(self) -> CurvatureOperator | None:
         """The same operator with the arrays Q and S, (places x units)^2 numbers an example; None where a variable itself is
@@ -222,6 +224,11 @@ def _arrays(operator: ImplicitKroneckerSum) -> tuple[dict[tuple[int, int], Array
     r = operator.term.examples
     for k, use in enumerate(operator.term.uses):
         size = math.prod(use.labels.output_sizes)
+
+        if size == 0:
+            sizes = [math.prod(other.labels.output_sizes) for other in operator.term.uses]
+            Q |= {(j, k): jnp.zeros((r, sizes[j], 0), operator.factor.dtype) for j in range(k + 1)}
+            continue
 
         def column(i: Array, use: ImplicitUse = use, size: int = size) -> tuple[list[Array], list[Array]]:
             unit = jnp.zeros((r, size), operator.factor.dtype).at[:, i].set(1)

@@ -74,6 +74,15 @@ def test_a_while_loop_that_counts_has_a_length(start, stop, by, length):
     np.testing.assert_allclose(blocks["u"].as_matrix(), exact, atol=1e-12)
 
 
+def test_a_loop_without_steps_has_an_explicit_form():
+    def error(p, x, t):
+        return jnp.sum((jax.lax.scan(lambda h, x: (jnp.tanh(p["u"] @ h + x[0]), None), t, x[:0])[0] + p["b"]) ** 2)
+
+    block = jaxhess.hessian(error)(CELL, *BATCH)["u"]
+    assert not block.as_matrix().any()
+    assert not block.explicit().as_matrix().any()
+
+
 def test_a_loop_that_depends_on_data_has_none():
     def error(p, x, t):
         return jax.lax.while_loop(lambda y: y.sum() > 1, lambda y: jnp.tanh(p["u"] @ y) / 3, t).sum()
