@@ -37,12 +37,15 @@ def hessian(fun: Error, blocks: str = "diagonal", batch_size: int | None = None)
     Args:
         fun: the error of ONE example, `fun(params, *example) -> ()`. `params` is any pytree of real floating arrays.
         blocks: "diagonal", the block of each parameter with itself.
-        batch_size: process the batch in chunks of so many examples, which bounds the memory; the result is the same.
+        batch_size: process the batch in chunks of so many examples, which bounds the memory; the result is the same. What
+            leads into loops is processed at once: it takes memory as the gradient does.
 
     Returns:
         A function of `(params, *batch)` giving a `BlockDiagonal` over the structure of `params`. A weight (m, n) that one
         input vector meets once has the block `KroneckerProductSum` (mn, mn), stored as Q (r, m, m) and Z (r, n); other
-        uses give sums of labelled contractions, biases a dense (m, m) block. A parameter that `fun` does not use has a
+        uses give sums of labelled contractions, biases a dense (m, m) block. Parameters that lead into a loop (`scan`, any
+        cell), or meet so many vectors of an example that the matrix between them costs more than a pass over the network,
+        have an `ImplicitKroneckerSum`: two substitutions along time in the place of that matrix. A parameter that `fun` does not use has a
         `Diagonal` block of zeros. Arrays narrower than float32 are computed, and their blocks held, in float32.
 
     As with `jax.jit`, `fun` must be pure: what it reads from outside its arguments is read when it is first compiled.
@@ -56,7 +59,7 @@ def hessian(fun: Error, blocks: str = "diagonal", batch_size: int | None = None)
         DenseTooLargeError: if a curvature matrix on the way would not fit in memory.
 
     Source: Naumov (2017), Theorem 1, equations (28)-(35), corrected (the printed recursion is exact for piecewise-linear
-    activations only), for any graph by edge pushing (Gower and Mello 2012).
+    activations only), for any graph by edge pushing (Gower and Mello 2012); Theorem 2, (74)-(84), corrected, for loops.
 
     >>> import jax.numpy as jnp, jaxhess
     >>> def error(params, x, target):
