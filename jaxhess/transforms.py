@@ -45,8 +45,9 @@ def hessian(fun: Error, blocks: str = "diagonal", batch_size: int | None = None)
         input vector meets once has the block `KroneckerProductSum` (mn, mn), stored as Q (r, m, m) and Z (r, n); other
         uses give sums of labelled contractions, biases a dense (m, m) block. Parameters that lead into a loop (`scan`, any
         cell), or meet so many vectors of an example that the matrix between them costs more than a pass over the network,
-        have an `ImplicitKroneckerSum`: two substitutions along time in the place of that matrix. A parameter that `fun` does not use has a
-        `Diagonal` block of zeros. Arrays narrower than float32 are computed, and their blocks held, in float32.
+        have an `ImplicitKroneckerSum`: two substitutions along time in the place of that matrix. A parameter that `fun`
+        does not use has a `Diagonal` block of zeros. Arrays narrower than float32 are computed, and their blocks held, in
+        float32.
 
     As with `jax.jit`, `fun` must be pure: what it reads from outside its arguments is read when it is first compiled.
     `custom_jvp` and `custom_vjp` functions keep the derivative that they were given; one that is not the derivative of
