@@ -20,6 +20,9 @@ __all__ = ["Graph", "Loop", "Operation", "Probe", "evaluate", "everything", "lea
 
 _LIBRARY_FOLDERS = (os.path.dirname(jax.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+# Up to JAX 0.9 a linearised function holds on to values of the trace that it was made in, wherever an output has no tangent.
+_LINEARISES_WITHIN_TRACES = jax.__version_info__ >= (0, 10, 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
@@ -200,4 +203,5 @@ def _in_both_modes(loop: Loop, values: Sequence[Array]) -> bool:
     """Whether the steps can be linearised one by one: a `custom_vjp` function has no tangent map."""
     names = {operation.name for operation in everything(loop.operations)}
     real = not any(jnp.issubdtype(value.dtype, jnp.complexfloating) for value in values)
-    return loop.length > 0 and real and not any(name.startswith("custom_vjp") for name in names)
+    own_rules_only = any(name.startswith("custom_vjp") for name in names)
+    return _LINEARISES_WITHIN_TRACES and loop.length > 0 and real and not own_rules_only

@@ -97,6 +97,7 @@ def linear_map(error, params, batch):
     return jax.make_jaxpr(lambda H, v: H.mv(v))(blocks["u"], params["u"])
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="JAX differentiates within the loop there")
 @pytest.mark.parametrize("error", [layer, functools.partial(by_hand, cell=jaxhess.gelu), by_hand])
 def test_a_product_is_two_substitutions(error):
     scans = [e for e in equations(linear_map(error, CELL, BATCH)) if e.primitive.name == "scan"]
