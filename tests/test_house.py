@@ -25,7 +25,7 @@ FLOORS = [
         "engine.reach", "engine.partition", "engine.plan", "engine.custom", "engine.sweep", "engine.implicit",
         "engine.batch", "engine.assemble", "engine",
     ],
-    ["transforms"],
+    ["transforms.checks", "transforms.traced", "transforms.hessian", "transforms"],
     ["test_util", "naumov2017.feedforward", "naumov2017.recurrent", "naumov2017"],
     [""],
 ]  # fmt: skip

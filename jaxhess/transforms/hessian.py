@@ -7,28 +7,24 @@ is that of the mean error over them. All of it is compiled once for each functio
 """
 
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxhess._backend import warn_of_wrong_sums
-from jaxhess._typing import Array, InputError, PyTree
+from jaxhess._typing import Array, PyTree
 from jaxhess.engine import kinds
 from jaxhess.engine.assemble import block, factored, structured_gradients
 from jaxhess.engine.batch import BatchResult, sweep_batch
 from jaxhess.engine.custom import check_custom_derivatives
-from jaxhess.engine.graph import evaluate
-from jaxhess.engine.plan import Leaf, Plan, make_plan
+from jaxhess.engine.plan import Leaf, Plan
 from jaxhess.engine.sweep import sweep
-from jaxhess.engine.trace import trace
 from jaxhess.operators import BlockDiagonal
+from jaxhess.transforms.checks import Error, Shared, check_batch_size, check_option, hashable
+from jaxhess.transforms.traced import checked, traced, wrapping
 
 __all__ = ["factored_gradient", "hessian", "value_grad_and_hessian"]
-
-Error = Callable[..., Array]
 
 
 def hessian(fun: Error, blocks: str = "diagonal", batch_size: int | None = None) -> Callable[..., BlockDiagonal]:
@@ -70,10 +66,11 @@ def hessian(fun: Error, blocks: str = "diagonal", batch_size: int | None = None)
     >>> type(H["w"]).__name__, H["w"].Q.shape, H["w"].Z.shape, H["w"].as_matrix().shape
     ('KroneckerProductSum', (5, 2, 2), (5, 3), (6, 6))
     """
-    _check_options(blocks, batch_size)
-    fun = _hashable(fun)
+    check_option("blocks", blocks, ("diagonal",))
+    check_batch_size(batch_size)
+    fun = hashable(fun)
 
-    @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__"), updated=())
+    @wrapping(fun)
     def transformed(params: PyTree, *batch: PyTree) -> BlockDiagonal:
         return _call(fun, params, batch, batch_size, "hessian").hessian
 
@@ -94,10 +91,11 @@ def value_grad_and_hessian(
     >>> float(value), gradient.tolist(), float(H.trace())
     (2.0, [[2.0, 2.0]], 2.0)
     """
-    _check_options(blocks, batch_size)
-    fun = _hashable(fun)
+    check_option("blocks", blocks, ("diagonal",))
+    check_batch_size(batch_size)
+    fun = hashable(fun)
 
-    @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__"), updated=())
+    @wrapping(fun)
     def transformed(params: PyTree, *batch: PyTree) -> tuple[Array, PyTree, BlockDiagonal]:
         result = _call(fun, params, batch, batch_size, "hessian")
         return result.value, result.gradient, result.hessian
@@ -119,33 +117,14 @@ def factored_gradient(fun: Error, batch_size: int | None = None) -> Callable[...
     >>> G.left.shape, G.right.shape
     ((2, 5), (3, 5))
     """
-    _check_options("diagonal", batch_size)
-    fun = _hashable(fun)
+    check_batch_size(batch_size)
+    fun = hashable(fun)
 
-    @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__"), updated=())
+    @wrapping(fun)
     def transformed(params: PyTree, *batch: PyTree) -> PyTree:
         return _call(fun, params, batch, batch_size, "factored").gradient
 
     return transformed
-
-
-@jax.tree_util.register_pytree_node_class
-class _Shared:
-    """A tree whose leaves may be the same array; compiled code returns it once."""
-
-    def __init__(self, tree: Any) -> None:
-        self.tree = tree
-
-    def tree_flatten(self) -> tuple[list[Any], Any]:
-        leaves, structure = jax.tree.flatten(self.tree)
-        unique = {id(leaf): leaf for leaf in leaves}
-        order = {key: index for index, key in enumerate(unique)}
-        return list(unique.values()), (structure, tuple(order[id(leaf)] for leaf in leaves))
-
-    @classmethod
-    def tree_unflatten(cls, structure: Any, unique: Any) -> "_Shared":
-        unique = list(unique)
-        return cls(jax.tree.unflatten(structure[0], [unique[index] for index in structure[1]]))
 
 
 class _Result(NamedTuple):
@@ -155,70 +134,34 @@ class _Result(NamedTuple):
 
 
 def _call(fun: Error, params: PyTree, batch: tuple[PyTree, ...], batch_size: int | None, what: str) -> _Result:
-    warn_of_wrong_sums()
-    params = _check_parameters(params)
-    batch, examples = _check_batch(fun, batch)
+    params, batch, examples = checked(fun, params, batch)
     return _evaluate(fun, params, batch, examples, batch_size, what).tree
-
-
-class _ByIdentity:
-    """A function without a hash (a module that holds arrays, say), told apart by identity."""
-
-    def __init__(self, fun: Error) -> None:
-        self.fun, self.__name__ = fun, getattr(fun, "__name__", type(fun).__name__)
-
-    def __call__(self, *args: Any) -> Array:
-        return self.fun(*args)
-
-
-def _hashable(fun: Error) -> Error:
-    if not callable(fun):
-        raise InputError(f"fun must be a function of (params, *example), but is a {type(fun).__name__}.")
-    try:
-        hash(fun)
-    except TypeError:
-        return _ByIdentity(fun)
-    return fun
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _evaluate(
     fun: Error, params: PyTree, batch: tuple[PyTree, ...], examples: int, batch_size: int | None, what: str
-) -> _Shared:
-    leaves, structure = jax.tree.flatten(params)
-    arrays = jax.tree.leaves(batch)
-    wide = [_widened(leaf) for leaf in leaves]
-    arrays = [_widened(a) for a in arrays]
-    example = jax.tree.unflatten(jax.tree.structure(batch), [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in arrays])
+) -> Shared:
     with jax.default_matmul_precision("highest"):
-        try:
-            graph = trace(fun, jax.tree.unflatten(structure, wide), example)
-        except InputError:
-            raise
-        except TypeError:  # a function that names a narrow type itself may not take a wide one
-            wide = leaves
-            graph = trace(fun, params, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch))
-            arrays = jax.tree.leaves(batch)
-        plan = make_plan(graph, len(leaves))
+        given = traced(fun, params, batch)
+        plan, environment = given.plan, given.environment
         if what == "hessian":
             check_custom_derivatives(plan)
-        environment = {**plan.graph.constants, **dict(zip(plan.parameters, wide, strict=True))}
-        evaluate(plan.before, environment)
         second_order = what == "hessian"
         result = sweep_batch(
-            plan, environment, arrays, examples, batch_size, _shares_parameter(plan.leaves), second_order=second_order
+            plan, environment, given.arrays, examples, batch_size, _shares_parameter(plan.leaves), second_order=second_order
         )
         weights = structured_gradients(plan, result)
         gradients = _parameter_gradients(plan, result, weights, environment)
-        grads = [g.astype(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)]
+        gradient = given.restored(gradients)
         if not second_order:
             pairs = [factored(plan, result, root) for root in plan.parameters]
-            grads = [g if pair is None else pair for g, pair in zip(grads, pairs, strict=True)]
-            return _Shared(_Result(result.value, jax.tree.unflatten(structure, grads), None))
+            either = [g if pair is None else pair for g, pair in zip(jax.tree.leaves(gradient), pairs, strict=True)]
+            return Shared(_Result(result.value, jax.tree.unflatten(given.structure, either), None))
         own = _own_curvature(plan, result, environment)
         operators = [block(plan, result, environment, root, own.get(n), weights) for n, root in enumerate(plan.parameters)]
-        hessian = BlockDiagonal(jax.tree.unflatten(structure, operators))
-        return _Shared(_Result(result.value, jax.tree.unflatten(structure, grads), hessian))
+        hessian = BlockDiagonal(jax.tree.unflatten(given.structure, operators))
+        return Shared(_Result(result.value, gradient, hessian))
 
 
 def _shares_parameter(leaves: tuple[Leaf, ...]) -> Callable[[int, int], bool]:
@@ -256,61 +199,3 @@ def _own_curvature(plan: Plan, result: BatchResult, environment: dict[int, Array
     curvatures = {(plan.leaves[j].variable, plan.leaves[k].variable): kind for (j, k), kind in result.means.items()}
     swept = sweep(plan.graph, plan.before_steps, leaves, environment, seeds, curvatures, _shares_parameter(leaves))
     return {j: kind for (j, k), kind in swept.curvatures.items() if j == k}
-
-
-def _widened(array: Array) -> Array:
-    narrow = jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits < 32
-    return array.astype(jnp.float32) if narrow else array
-
-
-def _check_options(blocks: str, batch_size: int | None) -> None:
-    if blocks != "diagonal":
-        raise InputError(f"blocks={blocks!r} is not known; there is 'diagonal'.")
-    integral = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
-    if batch_size is not None and (not integral or batch_size < 1):
-        raise InputError(f"batch_size must be a positive integer or None, but is {batch_size!r}.")
-
-
-def _check_parameters(params: PyTree) -> PyTree:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise InputError("params holds no arrays: there is nothing to differentiate with respect to.")
-    for path, leaf in leaves:
-        name = f"params{jax.tree_util.keystr(path)}"
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
-            raise InputError(
-                f"{name} is {type(leaf).__name__} {leaf!r:.40}, not a floating-point array. Keep what is not trained "
-                "outside of params, in a closure (functools.partial) say, or partition the model (equinox.partition, "
-                "nnx.split)."
-            )
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise InputError(
-                f"{name} has dtype {jnp.result_type(leaf)} and shape {list(jnp.shape(leaf))}; parameters must be real "
-                "floating-point arrays. Pass other arrays by a closure or as part of the batch."
-            )
-    return jax.tree.map(jnp.asarray, params)
-
-
-def _check_batch(fun: Error, batch: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ...], int]:
-    lengths: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        name = f"batch argument {jax.tree_util.keystr(path)}"
-        if not hasattr(leaf, "dtype") or jnp.ndim(leaf) == 0:
-            kind = "scalar" if hasattr(leaf, "dtype") or jnp.isscalar(leaf) else type(leaf).__name__
-            raise InputError(
-                f"{name} is a {kind}; the batch consists of arrays with a leading axis of examples. "
-                "Pass what all examples share by a closure (functools.partial)."
-            )
-        lengths[name] = jnp.shape(leaf)[0]
-    if not lengths:
-        return batch, 1
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise InputError(f"The arrays of the batch differ in their number of examples (leading axis): {found}.")
-    (examples,) = set(lengths.values())
-    if examples == 0:
-        raise InputError(
-            f"The batch is empty: {', '.join(lengths)} of {getattr(fun, '__name__', 'fun')} have 0 examples; "
-            "the mean over no examples is undefined."
-        )
-    return jax.tree.map(jnp.asarray, batch), examples
