@@ -15,7 +15,22 @@ from jaxhess.activations import (
     tanh,
 )
 from jaxhess.layers import dense, recurrent
-from jaxhess.transforms import factored_gradient, hessian, value_grad_and_hessian
+from jaxhess.taps import tap
+from jaxhess.transforms import (
+    factored_gradient,
+    fisher,
+    fisher_diagonal,
+    gauss_newton,
+    gauss_newton_diagonal,
+    gauss_newton_vp,
+    hessian,
+    hessian_diagonal,
+    hessian_trace,
+    hvp,
+    laplacian,
+    linearized_hvp,
+    value_grad_and_hessian,
+)
 
 __all__ = [
     "activations",
@@ -23,11 +38,21 @@ __all__ = [
     "dense",
     "elu",
     "factored_gradient",
+    "fisher",
+    "fisher_diagonal",
+    "gauss_newton",
+    "gauss_newton_diagonal",
+    "gauss_newton_vp",
     "gelu",
     "gelu_tanh",
     "hessian",
+    "hessian_diagonal",
+    "hessian_trace",
+    "hvp",
     "identity",
+    "laplacian",
     "leaky_relu",
+    "linearized_hvp",
     "losses",
     "naumov2017",
     "operators",
@@ -38,6 +63,7 @@ __all__ = [
     "sin",
     "softplus",
     "tanh",
+    "tap",
     "test_util",
     "value_grad_and_hessian",
 ]

@@ -15,18 +15,27 @@ FLOORS = [
     [
         "_componentwise", "activations", "_softmax", "_sequence", "losses", "operators.support", "operators.mapped",
         "operators.layout", "operators.base", "operators.kronecker", "operators.low_rank", "operators.dense",
-        "operators.contraction", "operators.uses", "operators.linearised", "operators.implicit", "operators.pullback",
-        "operators.block", "operators",
+        "operators.contraction", "operators.paths", "operators.uses", "operators.jacobian", "operators.gauss_newton",
+        "operators.gauss_newton_full", "operators.linearised", "operators.implicit", "operators.pullback",
+        "operators.cross", "operators.assembly", "operators.full", "operators.block", "operators",
     ],
-    ["layers._common", "layers.dense", "layers.recurrent", "layers", "bounds"],
+    ["layers._common", "layers.dense", "layers.recurrent", "layers", "taps", "bounds"],
     [
         "engine.kinds", "engine.through_time", "engine.graph", "engine.loops", "engine.trace", "engine.views",
         "engine.rules.base", "engine.rules.linear", "engine.rules.elementwise", "engine.rules.local", "engine.rules",
-        "engine.reach", "engine.partition", "engine.plan", "engine.custom", "engine.sweep", "engine.implicit",
-        "engine.batch", "engine.assemble", "engine",
+        "engine.reach", "engine.convolution", "engine.lookup", "engine.contractions", "engine.partition", "engine.plan",
+        "engine.custom", "engine.sweep", "engine.failure", "engine.implicit", "engine.products", "engine.batch",
+        "engine.labels", "engine.parameters", "engine.targets", "engine.assemble", "engine.diagonal", "engine.full",
+        "engine.jacobian", "engine.gauss_newton", "engine.convex", "engine",
     ],
-    ["transforms.checks", "transforms.traced", "transforms.hessian", "transforms"],
-    ["test_util", "naumov2017.feedforward", "naumov2017.recurrent", "naumov2017"],
+    [
+        "transforms.checks", "transforms.traced", "transforms.products", "transforms.diagonals", "transforms.full",
+        "transforms.targets", "transforms.hessian", "transforms.gauss_newton", "transforms",
+    ],
+    [
+        "test_util", "naumov2017.feedforward", "naumov2017.recurrent", "naumov2017", "interop._common", "interop.flax",
+        "interop.linen", "interop.equinox", "interop.scipy", "interop",
+    ],
     [""],
 ]  # fmt: skip
 ORDER = [name for floor in FLOORS for name in floor]

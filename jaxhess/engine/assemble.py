@@ -19,7 +19,8 @@ from jaxhess._typing import Array
 from jaxhess.engine import kinds
 from jaxhess.engine.batch import BatchResult
 from jaxhess.engine.graph import Operation, evaluate, leading_to, nested
-from jaxhess.engine.plan import Leaf, Plan
+from jaxhess.engine.labels import number_uses, own_views, scale_of, use_of, view_of
+from jaxhess.engine.plan import Plan
 from jaxhess.engine.views import View
 from jaxhess.operators import (
     ContractionOperator,
@@ -37,43 +38,7 @@ from jaxhess.operators.linearised import ImplicitTerm, ImplicitUse
 from jaxhess.operators.pullback import Pullback
 from jaxhess.operators.uses import EXAMPLE, PairTerm, Use, pair_terms
 
-__all__ = ["block", "factored", "structured_gradients"]
-
-
-def _use(plan: Plan, leaf: Leaf, view: View, first_label: int) -> Use:
-    """The use, with labels from `first_label` on; the loops around it are its first positions."""
-    weight = tuple(range(first_label, first_label + len(view.sizes)))
-    size = dict(zip(weight, view.sizes, strict=True))
-    axes = [tuple(weight[atom] for atom in axis) for axis in view.axes]
-    if leaf.operation is None:
-        output = tuple(label for axis in axes for label in axis)
-        return Use(weight, view.sizes, output, tuple(size[i] for i in output), None, (), ())
-    contracting, batching = leaf.operation.params["dimension_numbers"]
-    mine, other = leaf.operand, 1 - leaf.operand
-    shape = plan.graph.avals[leaf.input].shape
-    label_of: dict[int, tuple[int, ...]] = {}
-    for pairs in (contracting, batching):
-        label_of |= {theirs: axes[ours] for ours, theirs in zip(pairs[mine], pairs[other], strict=True)}
-    looped = tuple(range(first_label + len(weight), first_label + len(weight) + len(leaf.places)))
-    size |= dict(zip(looped, leaf.places, strict=True))
-    positions = []
-    for axis, length in enumerate(shape):
-        if axis not in label_of and length == 1:
-            label_of[axis] = ()
-        elif axis not in label_of:
-            label = first_label + len(weight) + len(looped) + len(positions)
-            label_of[axis], size[label] = (label,), length
-            positions.append(label)
-    inputs = [*looped, *(label for axis in range(len(shape)) for label in label_of[axis])]
-    bound = {*contracting[mine], *batching[mine]}
-    free = [label for axis, labels in enumerate(axes) if axis not in bound for label in labels]
-    moving = list(positions)
-    outputs = [*looped, *(label for ours in batching[mine] for label in axes[ours])]
-    outputs += free + moving if mine == 0 else moving + free
-    return Use(
-        weight, view.sizes, tuple(outputs), tuple(size[i] for i in outputs), tuple(inputs), tuple(size[i] for i in inputs),
-        (*looped, *positions),
-    )  # fmt: skip
+__all__ = ["block", "factored", "structured_gradients", "weights_of"]
 
 
 def structured_gradients(plan: Plan, result: BatchResult) -> dict[int, Array]:
@@ -83,7 +48,7 @@ def structured_gradients(plan: Plan, result: BatchResult) -> dict[int, Array]:
     for number, G in result.outputs.items():
         leaf = plan.leaves[number]
         shape = plan.graph.avals[leaf.variable].shape
-        use = _use(plan, leaf, View.of(leaf.variable, shape), EXAMPLE + 1)
+        use = use_of(plan, leaf, View.of(leaf.variable, shape), EXAMPLE + 1)
         assert use.input is not None
         G = G.reshape(result.examples, *use.output_sizes)
         Z = result.inputs[number].reshape(result.examples, *use.input_sizes)
@@ -111,12 +76,12 @@ def block(
     if isinstance(own, kinds.Diagonal):
         terms.append(Diagonal(own.values.reshape(shape)))
     elif own is not None:
-        terms.append(Dense(own.matrix, shape))
+        terms.append(Dense(kinds.as_dense(own), shape))
     both = [*result.curvatures, *((min(pair), max(pair)) for pair in result.sensitivities)]
     pairs = [pair for pair in dict.fromkeys(both) if members.issuperset(pair)]
-    derived = {n for n in members & set(result.outputs) if _view_of(plan, n, root) is None}
+    derived = {n for n in members & set(result.outputs) if view_of(plan, n, root) is None}
     involved = sorted(derived.union(*pairs))
-    views = {n: view for n in involved if (view := _view_of(plan, n, root)) is not None}
+    views = {n: view for n in involved if (view := view_of(plan, n, root)) is not None}
     if len(views) < len(involved) or len({view.sizes for view in views.values()}) > 1:
         variables = list(dict.fromkeys(plan.leaves[n].variable for n in involved))
         derived_terms = _derived_terms(plan, result, involved, variables, pairs)
@@ -134,10 +99,10 @@ def factored(plan: Plan, result: BatchResult, root: int) -> LowRank | None:
     members = [n for n, leaf in enumerate(plan.leaves) if root in leaf.roots and n in {*result.outputs, *result.gradients}]
     lefts, rights = [], []
     for n in members:
-        view = _view_of(plan, n, root)
+        view = view_of(plan, n, root)
         if len(shape) != 2 or n not in result.outputs or view is None or view.sizes != shape or view.factors:
             return None
-        use = _use(plan, plan.leaves[n], view, EXAMPLE + 1)
+        use = use_of(plan, plan.leaves[n], view, EXAMPLE + 1)
         assert use.input is not None
         sides_of = [set(use.weight).intersection(labels) for labels in (use.output, use.input)]
         if [len(side) for side in sides_of] != [1, 1] or sides_of[0] == sides_of[1]:
@@ -157,28 +122,6 @@ def factored(plan: Plan, result: BatchResult, root: int) -> LowRank | None:
     return LowRank(jnp.concatenate(lefts, axis=1), jnp.concatenate(rights, axis=1))
 
 
-def _view_of(plan: Plan, leaf: int, root: int) -> View | None:
-    view = plan.views.get(plan.leaves[leaf].variable)
-    return view if view is not None and view.root == root else None
-
-
-def _number_uses(plan: Plan, views: dict[int, View]) -> dict[int, Use]:
-    uses: dict[int, Use] = {}
-    label = EXAMPLE + 1
-    for n, view in views.items():
-        uses[n] = _use(plan, plan.leaves[n], view, label)
-        label += uses[n].labels
-    return uses
-
-
-def _scale(view: View, environment: dict[int, Array]) -> Array | float | None:
-    scale = None
-    for variable, power in view.factors:
-        factor = -1.0 if variable is None else environment[variable] ** power
-        scale = factor if scale is None else scale * factor
-    return scale
-
-
 def _direct_terms(
     plan: Plan,
     result: BatchResult,
@@ -187,13 +130,13 @@ def _direct_terms(
     pairs: Sequence[tuple[int, int]],
     shape: tuple[int, ...],
 ) -> list[CurvatureOperator]:
-    uses = _number_uses(plan, views)
+    uses = number_uses(plan, views)
     single = _kronecker(result, environment, views, uses, pairs, shape)
     if single is not None:
         return [single]
     terms: list[CurvatureOperator] = []
     for j, k in pairs:
-        scales = [s for s in (_scale(views[n], environment) for n in (j, k)) if s is not None]
+        scales = [s for s in (scale_of(views[n], environment) for n in (j, k)) if s is not None]
         factor = math.prod(scales, start=jnp.ones(())) / result.examples
         for term in pair_terms(uses, result.outputs, result.inputs, result.curvatures, result.sensitivities, j, k):
             tags = () if term.symmetrised else lx.symmetric_tag
@@ -225,7 +168,7 @@ def _kronecker(
     m, n_inputs = math.prod(use.output_sizes), math.prod(use.input_sizes)
     Q = result.curvatures[n, n].reshape(result.examples, m, m)
     Z = result.inputs[n].reshape(result.examples, n_inputs)
-    scale = _scale(views[n], environment)
+    scale = scale_of(views[n], environment)
     layout = Layout(shape, use.weight_sizes, rows, columns)
     return KroneckerProductSum(Q if scale is None else Q * jnp.asarray(scale**2, Q.dtype), Z, layout)
 
@@ -239,7 +182,7 @@ def _implicit(
     gradients: dict[int, Array],
 ) -> CurvatureOperator:
     """The block of a parameter that leads into a loop."""
-    known = {n: view for n in involved if (view := _view_of(plan, n, root)) is not None}
+    known = {n: view for n in involved if (view := view_of(plan, n, root)) is not None}
     direct = len(known) == len(involved)
     variables = list(dict.fromkeys(plan.leaves[n].variable for n in involved))
     uses = [
@@ -251,14 +194,14 @@ def _implicit(
             place=place if direct else variables.index(plan.leaves[n].variable),
             sensitive=plan.leaves[n].structured and plan.leaves[n].sensitive,
         )
-        for place, (n, use) in enumerate(_number_uses(plan, known if direct else _own_views(plan, involved)).items())
+        for place, (n, use) in enumerate(number_uses(plan, known if direct else own_views(plan, involved)).items())
     ]
     assert result.implicit is not None
     assert result.implicit.linear is not None
     term = ImplicitTerm(result.implicit.linear, tuple(uses), result.implicit.shapes, result.examples)
     if direct:
         one = jnp.ones((), plan.graph.avals[root].dtype)
-        scales = [one if (scale := _scale(known[n], environment)) is None else scale * one for n in involved]
+        scales = [one if (scale := scale_of(known[n], environment)) is None else scale * one for n in involved]
         return ImplicitKroneckerSum(term, scales, plan.graph.avals[root].shape)
     total = dict(gradients)
     for n in involved:
@@ -268,16 +211,11 @@ def _implicit(
     return _pullback(plan, environment, root, variables, [term], total)
 
 
-def _own_views(plan: Plan, leaves: Sequence[int]) -> dict[int, View]:
-    variables = {n: plan.leaves[n].variable for n in leaves}
-    return {n: View.of(variable, plan.graph.avals[variable].shape) for n, variable in variables.items()}
-
-
 def _derived_terms(
     plan: Plan, result: BatchResult, involved: Sequence[int], variables: Sequence[int], pairs: Sequence[tuple[int, int]]
 ) -> list[PairTerm]:
     place = {n: variables.index(plan.leaves[n].variable) for n in involved}
-    uses = _number_uses(plan, _own_views(plan, involved))
+    uses = number_uses(plan, own_views(plan, involved))
     return [
         dataclasses.replace(
             term,
@@ -307,12 +245,12 @@ def _pullback(
         environment[root],
         others,
         weights,
-        _weights(operations, root, tuple(variables)),
+        weights_of(operations, root, tuple(variables)),
         reverse_only=any(operation.name.startswith("custom_vjp") for operation, _ in nested(operations)),
     )
 
 
-def _weights(
+def weights_of(
     operations: tuple[Operation, ...], root: int, variables: tuple[int, ...]
 ) -> Callable[[Array, dict[int, Array]], tuple[Array, ...]]:
     def weights(point: Array, others: dict[int, Array]) -> tuple[Array, ...]:

@@ -29,8 +29,9 @@ Part = dict[int, Array]
 class BatchResult:
     """By the leaves' numbers. `outputs[j]` (r, *y.shape) holds g_j and `inputs[j]` (r, *z.shape) holds z_j of structured
     uses; `curvatures[j, k]` (r, size y_j, size y_k) holds Q_jk where one of the two is structured; `sensitivities[j, k]`
-    (r, size z_j, size y_k). `gradients[j]` and `means[j, k]` are the averages for the other leaves. Implicit leaves have
-    outputs, inputs and gradients, and all their curvature in `implicit`."""
+    (r, size z_j, size y_k) S_jk, or (r, size) its diagonal. `gradients[j]` and `means[j, k]` are the averages for the other
+    leaves. Where no more was asked for, `diagonals[j]` (r, size y_j) is the diagonal of Q_jj. Implicit leaves have outputs,
+    inputs and gradients, and all their curvature in `implicit`."""
 
     value: Array
     examples: int
@@ -40,6 +41,7 @@ class BatchResult:
     inputs: dict[int, Array]
     curvatures: dict[tuple[int, int], Array]
     sensitivities: dict[tuple[int, int], Array]
+    diagonals: dict[int, Array] = dataclasses.field(default_factory=dict)
     implicit: Implicit | None = None
 
 
@@ -52,8 +54,10 @@ def sweep_batch(
     relevant: Callable[[int, int], bool],
     *,
     second_order: bool,
+    diagonal: frozenset[int] = frozenset(),
 ) -> BatchResult:
-    """Sweep over all examples. `environment` holds the frontier's values, `batch` the arrays (r, ...) in graph order."""
+    """Sweep over all examples. `environment` holds the frontier's values, `batch` the arrays (r, ...) in graph order;
+    `relevant` and `diagonal` say what is asked for, as in `sweep`."""
     arrays = dict(zip(plan.graph.inputs[len(plan.parameters) :], batch, strict=True))
     implicit = None
     if len(plan.explicit) < len(plan.leaves):
@@ -61,7 +65,9 @@ def sweep_batch(
         wanted = sorted({*read, plan.graph.output} - {*plan.frontier, *plan.graph.constants, *arrays})
         implicit = differentiate(plan, environment, batch, examples, wanted, second_order=second_order)
         arrays |= implicit.values
-    result = _sweep_batch(plan, environment, arrays, examples, batch_size, relevant, second_order=second_order)
+    result = _sweep_batch(
+        plan, environment, arrays, examples, batch_size, relevant, second_order=second_order, diagonal=diagonal
+    )
     if implicit is not None:
         result.outputs |= implicit.outputs
         result.inputs |= implicit.inputs
@@ -79,12 +85,13 @@ def _sweep_batch(
     relevant: Callable[[int, int], bool],
     *,
     second_order: bool,
+    diagonal: frozenset[int],
 ) -> BatchResult:
     size = examples if batch_size is None else min(batch_size, examples)
     shared = {f: environment[f] for f in plan.frontier}
 
     def one(shared: Part, example: Part) -> tuple[dict[str, Any], dict[str, Any]]:
-        return _one_example(plan, shared, example, relevant, second_order, size)
+        return _one_example(plan, shared, example, relevant, second_order, diagonal, size)
 
     def chunk(part: Part, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
         summed, kept = jax.vmap(one, in_axes=(None, 0), axis_size=count)(shared, part)
@@ -123,6 +130,7 @@ def _one_example(
     example: dict[int, Array],
     relevant: Callable[[int, int], bool],
     second_order: bool,
+    diagonal: frozenset[int],
     copies: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     environment = {**plan.graph.constants, **shared, **example}
@@ -131,23 +139,34 @@ def _one_example(
     value = environment[plan.graph.output]
     seed = {plan.graph.output: jnp.ones((), value.dtype)} if plan.graph.output in plan.swept else {}
     result = sweep(
-        plan.graph, plan.steps, plan.explicit, environment, seed, {}, relevant, second_order=second_order, copies=copies
-    )
+        plan.graph, plan.steps, plan.explicit, environment, seed, {}, relevant,
+        second_order=second_order, diagonal=diagonal, copies=copies,
+    )  # fmt: skip
     poison = jnp.where(jnp.isnan(value), jnp.nan, 0).astype(value.dtype)
     structured = {n for n, leaf in enumerate(plan.explicit) if leaf.structured}
     summed: dict[str, Any] = {"value": value, "gradients": {}, "means": {}}
-    kept: dict[str, Any] = {"outputs": {}, "inputs": {}, "curvatures": {}, "sensitivities": result.sensitivities}
+    kept: dict[str, Any] = {
+        "outputs": {},
+        "inputs": {},
+        "curvatures": {},
+        "sensitivities": result.sensitivities,
+        "diagonals": {},
+    }
     for j, g in result.gradients.items():
         if j in structured:
             kept["outputs"][j] = _wide(g + poison)
             kept["inputs"][j] = _wide(environment[plan.leaves[j].input])
         else:
             summed["gradients"][j] = g + poison
+    for pair, kind in result.sensitivities.items():
+        kept["sensitivities"][pair] = kind.values if isinstance(kind, Diagonal) else kinds.as_dense(kind)
     for (j, k), kind in result.curvatures.items():
-        if structured.intersection((j, k)):
+        if j == k and j in structured & diagonal:
+            kept["diagonals"][j] = _wide(kinds.diagonal_of(kind).values + poison)
+        elif structured.intersection((j, k)):
             kept["curvatures"][j, k] = kinds.as_dense(kind) + poison
         elif isinstance(kind, Diagonal):
             summed["means"][j, k] = Diagonal(kind.values + poison)
         else:
-            summed["means"][j, k] = Dense(kind.matrix + poison)
+            summed["means"][j, k] = Dense(kinds.as_dense(kind) + poison)
     return summed, kept

@@ -6,7 +6,6 @@ only if the rule is the value's derivative. So the rule is held against autodiff
 a sample, at numbers of both signs and two sizes, with cotangents of two sizes, which tell a clipped one.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,39 +16,44 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from jaxhess._typing import Array, UnsupportedOperationError
-from jaxhess.engine.graph import Operation, everything, nested
+from jaxhess.engine.graph import Graph, Operation, everything, nested
 from jaxhess.engine.plan import Plan
 from jaxhess.engine.trace import body_of
 
-__all__ = ["check_custom_derivatives"]
+__all__ = ["check_custom_derivatives", "check_derivatives_of"]
 
 _COTANGENTS = (1.0, 1e4)
 
 
 def check_custom_derivatives(plan: Plan) -> None:
-    """Raise `UnsupportedOperationError` for the first function whose rule is not the derivative of its value.
+    """`check_derivatives_of` all operations of a plan."""
+    check_derivatives_of(plan.graph, (*plan.before, *plan.during), plan.live)
+
+
+def check_derivatives_of(graph: Graph, operations: Sequence[Operation], live: frozenset[int]) -> None:
+    """Raise `UnsupportedOperationError` for the first function whose rule, with respect to the variables of `live`, is not
+    the derivative of its value.
 
     Functions that cannot be run at a fixed point (keys of random numbers, values traced outside) and values that JAX
     cannot differentiate are passed over: there the rule is all there is.
     """
-    operations = [operation for operation, _ in nested((*plan.before, *plan.during))]
-    moving = [operation for operation in operations if any(i in plan.live for i in operation.inputs)]
+    operations = [operation for operation, _ in nested(operations)]
+    moving = [operation for operation in operations if any(i in live for i in operation.inputs)]
     inside = [inner for operation in moving for inner in everything(operation.branches)]
-    floating = {i for op in inside for i in op.inputs if jnp.issubdtype(plan.graph.avals[i].dtype, jnp.floating)}
-    plan = dataclasses.replace(plan, live=plan.live | floating)
+    live |= {i for op in inside for i in op.inputs if jnp.issubdtype(graph.avals[i].dtype, jnp.floating)}
     candidates = [
         operation
         for operation in (*operations, *inside)
         if operation.name.startswith("custom_")
         and body_of(operation.equation) is not None
-        and any(i in plan.live for i in operation.inputs)
-        and all(isinstance(plan.graph.avals[i].dtype, np.dtype) for i in operation.inputs)
+        and any(i in live for i in operation.inputs)
+        and all(isinstance(graph.avals[i].dtype, np.dtype) for i in operation.inputs)
     ]
-    results = _run(plan, candidates)
+    results = _run(graph, live, candidates)
     if results is None:  # one of them cannot be run; the others can still be judged
-        results = [part[0] if (part := _run(plan, [operation])) else None for operation in candidates]
+        results = [part[0] if (part := _run(graph, live, [operation])) else None for operation in candidates]
     for operation, comparisons in zip(candidates, results, strict=True):
-        narrow = any(plan.graph.avals[i].dtype.itemsize < 4 for i in operation.inputs if i in plan.live)
+        narrow = any(graph.avals[i].dtype.itemsize < 4 for i in operation.inputs if i in live)
         tolerance = 5e-2 if narrow else 1e-3
         if comparisons is None or any(all(_equal(*c, tolerance) for c in group) for group in comparisons):
             continue
@@ -66,14 +70,14 @@ Comparison = tuple[Any, Sequence[np.ndarray], Sequence[np.ndarray]]
 Comparisons = list[list[Comparison]]
 
 
-def _run(plan: Plan, operations: Sequence[Operation]) -> list[Comparisons] | None:
+def _run(graph: Graph, live: frozenset[int], operations: Sequence[Operation]) -> list[Comparisons] | None:
     """For each operation, group of points and size of the cotangent, with a leading axis of points: whether the value is
     finite there, what the rule and what the value's autodiff pull back."""
-    points = [list(_points([plan.graph.avals[i] for i in operation.inputs])) for operation in operations]
+    points = [list(_points([graph.avals[i] for i in operation.inputs])) for operation in operations]
 
     def pull_back(points: list[list[list[Array]]]) -> list[Any]:
         return [
-            [jax.lax.map(functools.partial(_both, plan, op), group) for group in groups]
+            [jax.lax.map(functools.partial(_both, live, op), group) for group in groups]
             for op, groups in zip(operations, points, strict=True)
         ]
 
@@ -85,8 +89,8 @@ def _run(plan: Plan, operations: Sequence[Operation]) -> list[Comparisons] | Non
         return None
 
 
-def _both(plan: Plan, operation: Operation, values: Sequence[Array]) -> list[Any]:
-    live = [i in plan.live for i in operation.inputs]
+def _both(moves: frozenset[int], operation: Operation, values: Sequence[Array]) -> list[Any]:
+    live = [i in moves for i in operation.inputs]
     body = body_of(operation.equation)
     assert body is not None
 

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhess._typing import Array, UnsupportedOperationError
-from jaxhess.engine.graph import Operation, Probe, evaluate, nested
+from jaxhess._typing import Array
+from jaxhess.engine.failure import naming_the_culprit
+from jaxhess.engine.graph import Probe, evaluate
 from jaxhess.engine.plan import Plan
 
 __all__ = ["Implicit", "differentiate"]
@@ -95,46 +96,14 @@ def differentiate(
             if leaf.sensitive
         },
     }
-    try:
+    with naming_the_culprit(plan):
         if second_order:
             first, linear, (kept, values) = jax.linearize(first_order, zeros, has_aux=True)
         else:
             (first, (kept, values)), linear = first_order(zeros), None
-    except (NotImplementedError, TypeError, ValueError, ArithmeticError) as error:
-        culprit = next((operation for operation in _live(plan) if not _twice_differentiable(plan, operation)), None)
-        where = "this model" if culprit is None else f"{culprit.name} at {culprit.where}"
-        raise UnsupportedOperationError(
-            f"The exact curvature of {where} could not be computed: JAX cannot differentiate it twice ({error}). Replace it "
-            "by an operation with a derivative, or exclude it with jax.lax.stop_gradient."
-        ) from error
     shapes = tuple((kind, n, a.shape, a.dtype) for kind, part in zeros.items() for n, a in part.items())
     outputs = {n: _wide(g) for n, g in first["probes"].items()}
     return Implicit(outputs, {**kept, **first["pulls"]}, first["shifts"], values, linear, shapes)
-
-
-def _live(plan: Plan) -> list[Operation]:
-    operations = [operation for operation, _ in nested(plan.during) if operation.loop is None]
-    return [operation for operation in operations if plan.live.intersection(operation.inputs)]
-
-
-def _twice_differentiable(plan: Plan, operation: Operation) -> bool:
-    avals = [plan.graph.avals[i] for i in operation.inputs]
-    moving = [place for place, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.floating)]
-
-    def second(*values: Array) -> Any:
-        def total(*active: Array) -> Array:
-            given = dict(zip(moving, active, strict=True))
-            results = operation.apply(*(given.get(place, value) for place, value in enumerate(values)))
-            return sum((jnp.sum(o) for o in results if jnp.issubdtype(o.dtype, jnp.floating)), jnp.zeros(()))
-
-        active = [values[place] for place in moving]
-        return jax.jvp(jax.grad(total, argnums=tuple(range(len(moving)))), active, active)[1]
-
-    try:
-        jax.eval_shape(second, *avals)
-    except Exception:  # the same, whatever it is, that stopped the whole
-        return False
-    return True
 
 
 def _wide(array: Array) -> Array:

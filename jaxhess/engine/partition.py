@@ -10,10 +10,14 @@ from collections.abc import Sequence
 
 from jaxhess.engine.graph import Graph, Operation
 from jaxhess.engine.reach import Reached, reach
+from jaxhess.engine.rules.elementwise import COMPONENTWISE
+from jaxhess.engine.rules.linear import INDEXING
 
 __all__ = ["implicit_variables"]
 
 _PASSES = 4
+_ENTRIES = 2**24  # of one example's Q: 64 MiB in float32, which no batch is to have many of
+_OWN_ENTRIES = 2**26  # of the mean over the batch: 256 MiB
 
 
 def implicit_variables(
@@ -23,7 +27,8 @@ def implicit_variables(
     a parameter with one."""
     origins = reach(graph, operations, {f: frozenset([f]) for f in candidates})
     looped = {f for op in operations if op.loop is not None for i in op.inputs for f in origins.get(i, ())}
-    chosen = looped | _widespread(graph, operations, set(candidates) - looped, origins)
+    others = set(candidates) - looped
+    chosen = looped | _widespread(graph, operations, others, origins) | _large(graph, operations, others, origins)
     while True:
         roots = {root for f in chosen for root in reached[f]}
         grown = {f for f in candidates if roots & reached[f]}
@@ -34,7 +39,8 @@ def implicit_variables(
 
 def _widespread(graph: Graph, operations: Sequence[Operation], candidates: set[int], origins: Reached) -> set[int]:
     """The variables used at many places of an example, where Q would have more entries than a product with it by forward and
-    backward substitution has operations: tokens of a sequence, say, that meet in few places."""
+    backward substitution has operations (tokens of a sequence, say, that meet in few places), or than memory should hold
+    (pixels of an image)."""
     many = {f for op in operations for f in candidates.intersection(op.inputs) if _places(graph, op, f) > 1}
     work, widest = dict.fromkeys(many, 0), dict.fromkeys(many, 0)
     for operation in operations:
@@ -42,7 +48,16 @@ def _widespread(graph: Graph, operations: Sequence[Operation], candidates: set[i
         for f in many.intersection(*(origins.get(o, frozenset()) for o in operation.outputs)):
             work[f] += size * _depth(graph, operation)
             widest[f] = max(widest[f], size)
-    return {f for f in many if widest[f] ** 2 > _PASSES * work[f]}
+    return {f for f in many if widest[f] ** 2 > min(_PASSES * work[f], _ENTRIES)}
+
+
+def _large(graph: Graph, operations: Sequence[Operation], candidates: set[int], origins: Reached) -> set[int]:
+    """The variables that are not contracted (a table of positions, say), too large for a matrix of their own curvature, and
+    mixed with each other later, so that it is no diagonal one."""
+    elsewhere = {i for op in operations if op.name != "dot_general" for i in op.inputs}
+    large = {f for f in candidates & elsewhere if graph.avals[f].size ** 2 > _OWN_ENTRIES}
+    mixing = [op for op in operations if op.name not in COMPONENTWISE | INDEXING | {"reduce_sum", "name"}]
+    return {f for f in large if any(f in origins.get(i, frozenset()) for op in mixing for i in op.inputs)}
 
 
 def _places(graph: Graph, operation: Operation, variable: int) -> float:

@@ -12,7 +12,8 @@ The sweep over an example covers the rest.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from jaxhess.engine.graph import Graph, Operation, nested, renumbered
+from jaxhess.engine.contractions import with_contractions
+from jaxhess.engine.graph import Graph, Operation, leading_to, nested, renumbered
 from jaxhess.engine.partition import implicit_variables
 from jaxhess.engine.reach import Reached, reach
 from jaxhess.engine.rules.elementwise import has_no_second_derivative, is_componentwise
@@ -20,7 +21,7 @@ from jaxhess.engine.rules.linear import INDEXING, LINEAR
 from jaxhess.engine.rules.local import BILINEAR
 from jaxhess.engine.views import View
 
-__all__ = ["Leaf", "Plan", "Step", "make_plan"]
+__all__ = ["Leaf", "Plan", "Step", "make_plan", "make_steps"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Leaf:
 class Plan:
     """The two stages; `live` holds every variable that a parameter reaches through derivatives, `swept` those that a leaf of
     the sweep does. `leaves` are those of the sweep, then the implicit ones. `probed` are the operations of an example with
-    other numbers, `shifted`, for the implicit variables outside of their structured uses."""
+    other numbers, `shifted`, for the implicit variables outside of their structured uses. `outputs` are the variables that
+    it ends with, where that is not the graph's output."""
 
     graph: Graph
     parameters: tuple[int, ...]
@@ -103,6 +105,7 @@ class Plan:
     swept: frozenset[int]
     probed: tuple[Operation, ...]
     shifted: dict[int, int]
+    outputs: tuple[int, ...] = ()
 
     @property
     def explicit(self) -> tuple[Leaf, ...]:
@@ -110,13 +113,20 @@ class Plan:
         return tuple(leaf for leaf in self.leaves if not leaf.implicit)
 
 
-def make_plan(graph: Graph, parameters: int) -> Plan:
-    """The plan for a graph whose first `parameters` inputs are the parameters' leaves."""
+def make_plan(graph: Graph, parameters: int, *, marked: str | None = None, all_pairs: bool = True) -> Plan:
+    """The plan for a graph whose first `parameters` inputs are the parameters' leaves.
+
+    With `marked`, it ends with the variables that `jax.ad_checkpoint.checkpoint_name` gave a name that begins so, and every
+    leaf is implicit. Without `all_pairs` there is no S_jk of uses of different parameters, and convolutions cost less.
+    """
+    graph = with_contractions(graph, parameters, all_pairs=all_pairs and marked is None)
     roots = tuple(graph.inputs[:parameters])
     data = set(graph.inputs[parameters:])
     before: list[Operation] = []
     during: list[Operation] = []
-    for operation in graph.operations:
+    outputs = () if marked is None else tuple(_marked(graph.operations, marked))
+    ends = set(outputs or (graph.output,))
+    for operation in leading_to(graph.operations, outputs) if outputs else graph.operations:
         if data.intersection(operation.inputs):
             data.update(operation.outputs)
             during.append(operation)
@@ -124,29 +134,34 @@ def make_plan(graph: Graph, parameters: int) -> Plan:
             before.append(operation)
     reached = reach(graph, graph.operations, {root: frozenset([root]) for root in roots})
     live = frozenset(reached)
-    before, during = _defer_broadcasts(graph, before, during)
-    used = {i for operation in during for i in operation.inputs} | {graph.output}
+    before, during = _defer_broadcasts(graph, before, during, ends)
+    used = {i for operation in during for i in operation.inputs} | ends
     made = {o for operation in during for o in operation.outputs}
     frontier = tuple(sorted(used - data - made - set(graph.constants)))
     candidates = [f for f in frontier if f in live]
-    implicit = implicit_variables(graph, during, candidates, reached)
+    implicit = set(candidates) if outputs else implicit_variables(graph, during, candidates, reached)
     explicit = [f for f in candidates if f not in implicit]
     swept = frozenset(reach(graph, during, {f: reached[f] for f in explicit}))
     steps, leaves = _uses(graph, during, explicit, swept, reached)
-    implicit_leaves = _implicit_leaves(graph, during, implicit, reached)
+    implicit_leaves = _implicit_leaves(graph, during, implicit, reached, ends)
     probed, shifted = _shifted(graph, during, implicit_leaves)
     return Plan(
-        graph, roots, tuple(before), tuple(during), frontier, _steps(graph, before, live, set(frontier), {}), steps,
-        (*leaves, *implicit_leaves), _views(graph, roots, before, live), live, swept, probed, shifted,
+        graph, roots, tuple(before), tuple(during), frontier, make_steps(graph, before, live, set(frontier), {}), steps,
+        (*leaves, *implicit_leaves), _views(graph, roots, before, live), live, swept, probed, shifted, outputs,
     )  # fmt: skip
 
 
+def _marked(operations: Sequence[Operation], name: str) -> list[int]:
+    marks = [operation for operation in operations if operation.name == "name"]
+    return [operation.outputs[0] for operation in marks if str(operation.params["name"]).startswith(name)]
+
+
 def _defer_broadcasts(
-    graph: Graph, before: Sequence[Operation], during: Sequence[Operation]
+    graph: Graph, before: Sequence[Operation], during: Sequence[Operation], ends: set[int]
 ) -> tuple[list[Operation], list[Operation]]:
     """What only repeats a variable for the examples' own operations, a bias at every step, is better done there: the
     variable itself is then the leaf."""
-    needed = {i for operation in before for i in operation.inputs} | {graph.output}
+    needed = {i for operation in before for i in operation.inputs} | ends
     deferred = [
         operation
         for operation in before
@@ -157,8 +172,10 @@ def _defer_broadcasts(
     return [operation for operation in before if operation not in deferred], [*deferred, *during]
 
 
-def _implicit_leaves(graph: Graph, operations: Sequence[Operation], variables: set[int], reached: Reached) -> list[Leaf]:
-    leaves, elsewhere = [], {graph.output}
+def _implicit_leaves(
+    graph: Graph, operations: Sequence[Operation], variables: set[int], reached: Reached, ends: set[int]
+) -> list[Leaf]:
+    leaves, elsewhere = [], set(ends)
     for operation, loops in nested(operations):
         mine = [place for place, i in enumerate(operation.inputs) if i in variables]
         if operation.name == "dot_general" and len(mine) == 1 and operation.outputs[0] in reached:
@@ -229,7 +246,7 @@ def _uses(
         if operation.name == "dot_general" and sum(i in candidates for i in operation.inputs) == 1
     }
     contractions = list(structured)
-    steps = _steps(graph, operations, live, {graph.output, *candidates}, {op: n for n, op in enumerate(contractions)})
+    steps = make_steps(graph, operations, live, {graph.output, *candidates}, {op: n for n, op in enumerate(contractions)})
     position = {step.leaf: index for index, step in enumerate(steps) if step.leaf is not None}
     leaves = [
         Leaf(op.inputs[structured[op]], position[n], reached[op.inputs[structured[op]]], op, structured[op])
@@ -243,14 +260,15 @@ def _uses(
     return steps, tuple(leaves)
 
 
-def _steps(
+def make_steps(
     graph: Graph,
     operations: Sequence[Operation],
     live: frozenset[int],
     outside: set[int],
     contractions: dict[Operation, int],
 ) -> tuple[Step, ...]:
-    """Live operations in order, component-wise ones fused where no one else uses what lies between them."""
+    """Live operations in order, component-wise ones fused where no one else uses what lies between them; variables of
+    `outside` are not hidden in between. `contractions` gives the structured uses their leaves."""
     active = [op for op in operations if any(o in live for o in op.outputs) and any(i in live for i in op.inputs)]
     users: dict[int, set[int]] = {}
     for index, operation in enumerate(active):

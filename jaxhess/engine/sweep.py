@@ -6,15 +6,16 @@ gradient is g_j, its curvature with itself Q_jj and with other probes Q_jk. Wher
 stack of dense layers all this is the recursion of Theorem 1, one live variable at a time.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax.numpy as jnp
 
 from jaxhess._linalg import available_bytes, check_dense_fits
 from jaxhess._typing import Array, DenseTooLargeError, UnsupportedOperationError
 from jaxhess.engine.graph import Graph, evaluate
-from jaxhess.engine.kinds import Dense, Diagonal, Kind, add, transpose
+from jaxhess.engine.kinds import Dense, Diagonal, Factored, Kind, add, diagonal_of, transpose
 from jaxhess.engine.plan import Leaf, Step
 from jaxhess.engine.rules.base import Rule
 from jaxhess.engine.rules.elementwise import ComponentwiseRule
@@ -33,7 +34,7 @@ class SweepResult:
 
     gradients: dict[int, Array]
     curvatures: dict[tuple[int, int], Kind]
-    sensitivities: dict[tuple[int, int], Array]
+    sensitivities: dict[tuple[int, int], Kind]
 
 
 def _make_rule(step: Step, environment: dict[int, Array]) -> Rule:
@@ -55,6 +56,7 @@ class _State:
         steps: Sequence[Step],
         leaves: Sequence[Leaf],
         relevant: Callable[[int, int], bool],
+        diagonal: Collection[int],
         copies: int,
     ) -> None:
         self.graph, self.steps, self.leaves, self.relevant, self.copies = graph, steps, leaves, relevant, copies
@@ -65,6 +67,7 @@ class _State:
         self.variable = {n: -1 - 2 * n if leaf.structured else leaf.variable for n, leaf in enumerate(leaves)}
         self.number = {variable: n for n, variable in self.variable.items()}
         self.input_row = {-2 - 2 * n: n for n, leaf in enumerate(leaves) if leaf.structured}
+        self.diagonal = self.diagonal_only(diagonal)
 
     def wanted(self, a: int, b: int, index: int) -> bool:
         """Whether C[a, b] is of use once the steps from `index` on are done."""
@@ -78,7 +81,26 @@ class _State:
         assert row is not None
         return any((later.step or 0) < index and self.relevant(row, n) for n, later in enumerate(self.leaves))
 
+    def diagonal_only(self, leaves: Collection[int]) -> set[int]:
+        """The variables of whose own curvature no more than the diagonal is needed, if that is so of these leaves."""
+        alone = {n for n in leaves if not any(self.relevant(n, k) for k in range(len(self.leaves)) if k != n)}
+        need = {variable: n in alone for n, variable in self.variable.items()}
+        produced = {o for step in self.steps for o in step.outputs}
+        uses = collections.Counter(a for step in self.steps for a in step.inputs)
+        for step in self.steps:
+            inputs = [a for a in step.inputs if a in need]
+            # Where two inputs have a common origin, a leaf with more uses say, its diagonal takes all of C[a, b].
+            between = [a for a in inputs if a in produced or uses[a] > 1]
+            probe = [] if step.leaf is None else [self.variable[step.leaf]]
+            apart = step.kind == "componentwise" or (step.kind == "indexing" and not _repeats(step, self.graph))
+            enough = not inputs or (apart and len(between) <= 1)
+            if inputs or probe:
+                need |= dict.fromkeys(step.outputs, enough and all(need[a] for a in (*inputs, *probe)))
+        return {variable for variable, only_diagonal in need.items() if only_diagonal}
+
     def accumulate(self, a: int, b: int, kind: Kind) -> None:
+        if a == b and a in self.diagonal:
+            kind = diagonal_of(kind)
         key, kind = ((a, b), kind) if a <= b else ((b, a), transpose(kind))
         self.curvature[key] = add(self.curvature[key], kind) if key in self.curvature else kind
 
@@ -119,17 +141,20 @@ def sweep(
     relevant: Callable[[int, int], bool],
     *,
     second_order: bool = True,
+    diagonal: Collection[int] = (),
     copies: int = 1,
 ) -> SweepResult:
     """Sweep over `steps` from the given gradients and curvatures (of the last variables) down to the leaves.
 
-    `relevant(j, k)` tells which pairs of leaves are asked for; `copies` is the number of sweeps held in memory at once.
+    `relevant(j, k)` tells which pairs of leaves are asked for; of the leaves numbered in `diagonal`, which must be relevant
+    to no other leaf, only the diagonal of Q_jj is, and comes as a `Diagonal`, at less cost. `copies` is the number of sweeps
+    held in memory at once.
 
     Raises:
         DenseTooLargeError: if a curvature matrix on the way would not fit in memory.
         UnsupportedOperationError: if an operation cannot be differentiated twice.
     """
-    state = _State(graph, steps, leaves, relevant, copies)
+    state = _State(graph, steps, leaves, relevant, diagonal, copies)
     state.gradient |= gradients
     for (a, b), kind in curvatures.items():
         state.accumulate(a, b, kind)
@@ -188,8 +213,26 @@ def _advance(state: _State, step: Step, index: int, environment: dict[int, Array
             state.accumulate(input_row, z, Diagonal(jnp.ones(state.size(z), outputs[step.outputs[0]].dtype)))
 
 
+_PERMUTING = {"copy", "copy_p", "expand_dims", "pad", "reshape", "rev", "slice", "squeeze", "transpose"}
+
+
+def _repeats(step: Step, graph: Graph) -> bool:
+    """Whether an indexing operation may use a component of its input more than once."""
+    (operation,) = step.operations
+    if operation.name in _PERMUTING:
+        return operation.name == "pad" and operation.inputs[1] in step.inputs
+    sizes = [graph.avals[i].size for i in (*operation.inputs, *operation.outputs)]
+    return not (len(sizes) == 2 and sizes[0] == sizes[1])
+
+
 def _itemsize(kind: Kind) -> int:
-    return (kind.values if isinstance(kind, Diagonal) else kind.matrix).dtype.itemsize
+    match kind:
+        case Diagonal():
+            return kind.values.dtype.itemsize
+        case Dense():
+            return kind.matrix.dtype.itemsize
+        case Factored():
+            return kind.rows.dtype.itemsize
 
 
 def _guard(state: _State, step: Step, a: int, b: int, itemsize: int) -> None:
@@ -221,11 +264,21 @@ def _pass_own(
         state.accumulate(probe, probe, kind)
     if rule is None:
         return
+    only = {a for a in step.inputs if a in state.diagonal and keep(a, a)}
+
+    def in_full(a: int, b: int) -> bool:
+        return keep(a, b) and (a != b or a not in only)
+
     if not isinstance(kind, Diagonal) or step.kind not in ("componentwise", "indexing"):
         for a in step.inputs:
-            _guard(state, step, a, a, _itemsize(kind))
-    for (a, b), pulled in rule.between(kind, u, keep).items():
-        state.accumulate(a, b, pulled)
+            if a not in only:
+                _guard(state, step, a, a, _itemsize(kind))
+    if len(only) < len(step.inputs) or len(only) > 1:
+        for (a, b), pulled in rule.between(kind, u, in_full).items():
+            state.accumulate(a, b, pulled)
+    if only:
+        for a, pulled in rule.own_diagonals(kind, u, only).items():
+            state.accumulate(a, a, pulled)
     if probe is not None and keep(probe, step.inputs[0]):
         state.accumulate(probe, step.inputs[0], rule.through(kind, u)[step.inputs[0]])
 
@@ -270,18 +323,14 @@ def _pass_mixed(
 def _collect(state: _State) -> SweepResult:
     gradients = {n: state.gradient[v] for n, v in state.variable.items() if v in state.gradient}
     curvatures: dict[tuple[int, int], Kind] = {}
-    sensitivities: dict[tuple[int, int], Array] = {}
+    sensitivities: dict[tuple[int, int], Kind] = {}
     for (a, b), kind in state.curvature.items():
         if a in state.number and b in state.number:
             j, k = state.number[a], state.number[b]
             if state.relevant(j, k):
                 curvatures[min(j, k), max(j, k)] = kind if j <= k else transpose(kind)
         elif a in state.input_row and b in state.number:
-            sensitivities[state.input_row[a], state.number[b]] = _matrix(kind)
+            sensitivities[state.input_row[a], state.number[b]] = kind
         elif b in state.input_row and a in state.number:
-            sensitivities[state.input_row[b], state.number[a]] = _matrix(transpose(kind))
+            sensitivities[state.input_row[b], state.number[a]] = transpose(kind)
     return SweepResult(gradients, curvatures, sensitivities)
-
-
-def _matrix(kind: Kind) -> Array:
-    return kind.matrix if isinstance(kind, Dense) else jnp.diag(kind.values)

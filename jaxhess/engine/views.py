@@ -78,7 +78,7 @@ class View:
         """The view after an operation with this name, parameters and result shape; None if it is no rearrangement."""
         if name == "transpose":
             return self.transposed(params["permutation"])
-        if name == "convert_element_type":
+        if name in ("convert_element_type", "name"):
             return self
         if name in ("reshape", "squeeze", "expand_dims", "copy", "copy_p"):
             return self.reshaped(shape) if params.get("dimensions") is None or name != "reshape" else None

@@ -213,9 +213,14 @@ def _product(Q: Array, Z: Array, X: Array) -> Array:
 def _dense(Q: Array, Z: Array) -> Array:
     # H[i,q,p,s] = (1/r) sum_r Q[r,i,p] Z[r,q] Z[r,s], one i at a time, in its final order: there is no second
     # array of its size.
-    (r, m, _), n = Q.shape, Z.shape[1]
-    row = _row_by_symmetry(Q, Z) if m >= 4 and r <= 2 * m * m else _row_by_chunks(Q, Z)
-    return jax.lax.map(row, jnp.arange(m)).reshape(m * n, m * n)
+    m, n = Q.shape[1], Z.shape[1]
+    return jax.lax.map(rows_of_unit(Q, Z), jnp.arange(m)).reshape(m * n, m * n)
+
+
+def rows_of_unit(Q: Array, Z: Array) -> Callable[[Array], Array]:
+    """The rows (i, q) of the dense form for one i, as a function of i giving (n, m, n)."""
+    r, m, _ = Q.shape
+    return _row_by_symmetry(Q, Z) if m >= 4 and r <= 2 * m * m else _row_by_chunks(Q, Z)
 
 
 def _row_by_symmetry(Q: Array, Z: Array) -> Callable[[Array], Array]:

@@ -86,6 +86,15 @@ def check_vector(what: str, vector: Any, shape: tuple[int, ...]) -> None:
         raise InputError(f"{what}.mv: needs a real array, got a complex one; apply it to the real and imaginary parts")
 
 
+def check_square(operator: Any, what: str) -> None:
+    """Raise `InputError` unless the operator maps arrays of one shape to arrays of that shape."""
+    rows, columns = operator.out_structure().shape, operator.in_structure().shape
+    if rows != columns:
+        raise InputError(
+            f"{type(operator).__name__}.{what}: needs a block between arrays of one shape, this one maps {columns} to {rows}"
+        )
+
+
 def check_same_structure(first: Any, second: Any) -> None:
     """Raise `InputError` unless both operators map between the same shapes."""
     for side in ("in_structure", "out_structure"):

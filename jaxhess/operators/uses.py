@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxhess._typing import Array
 from jaxhess.operators.contraction import contract
@@ -71,6 +72,13 @@ class PairTerm:
     pair: tuple[int, int] = dataclasses.field(metadata={"static": True})
     symmetrised: bool = dataclasses.field(metadata={"static": True})
 
+    def sizes_of(self, labels: Labels) -> Labels:
+        """The sizes of these labels."""
+        sizes: dict[int, int] = {}
+        for operand, names in zip(self.operands, self.labels, strict=True):
+            sizes.update(zip(names, operand.shape, strict=True))
+        return tuple(sizes[label] for label in labels)
+
     def add_product(self, results: list[Array], vectors: Sequence[Array]) -> None:
         """Add this term's products with `vectors[k]` to `results[j]`."""
         j, k = self.pair
@@ -92,7 +100,7 @@ def pair_terms(
     k: int,
 ) -> Iterator[PairTerm]:
     """The terms of uses j and k, for arrays with a leading axis of examples: `outputs[j]` g_j, `inputs[j]` z_j,
-    `curvatures[j, k]` Q_jk, `sensitivities[j, k]` S_jk."""
+    `curvatures[j, k]` Q_jk, `sensitivities[j, k]` S_jk, or its diagonal."""
     mine, other = uses[j], uses[k]
     if j == k:
         other = mine.relabelled(1 + max((0, *mine.weight, *mine.positions)))
@@ -110,6 +118,8 @@ def pair_terms(
         if (a, b) not in sensitivities or left.input is None:
             continue
         S = sensitivities[a, b]
+        if S.ndim == 2:
+            S = S[:, :, None] * jnp.eye(S.shape[1], dtype=S.dtype)[None]
         operands = [
             outputs[a].reshape(S.shape[0], *left.output_sizes),
             S.reshape(S.shape[0], *left.input_sizes, *right.output_sizes),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxhess._backend import warn_of_wrong_sums
 from jaxhess._typing import Array, InputError, PyTree
@@ -14,7 +15,7 @@ from jaxhess.engine.plan import Plan, make_plan
 from jaxhess.engine.trace import trace
 from jaxhess.transforms.checks import Error, check_batch, check_parameters, widened
 
-__all__ = ["Traced", "checked", "traced", "wrapping"]
+__all__ = ["Traced", "checked", "summed_over_chunks", "traced", "wrapping"]
 
 
 @dataclasses.dataclass
@@ -74,3 +75,21 @@ def checked(fun: Error, params: PyTree, batch: tuple[PyTree, ...]) -> tuple[PyTr
 def wrapping(fun: Error) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator: the transformed function has the name of `fun`."""
     return functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__"), updated=())
+
+
+def summed_over_chunks(of_chunk: Callable[[list[Array], int], Any], arrays: list[Array], examples: int, size: int) -> Any:
+    """The sum of `of_chunk(arrays, count)`, a tree of arrays, over chunks of `size` examples and one of the rest."""
+    whole, rest = divmod(examples, size)
+    if whole <= 1 and not rest:
+        return of_chunk(arrays, examples)
+    parts = [a[: whole * size].reshape(whole, size, *a.shape[1:]) for a in arrays]
+    first = jax.eval_shape(lambda: of_chunk([part[0] for part in parts], size))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+
+    def step(total: Any, part: list[Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_chunk(part, size)), None
+
+    total, _ = jax.lax.scan(step, zero, parts)
+    if rest:
+        total = jax.tree.map(jnp.add, total, of_chunk([a[whole * size :] for a in arrays], rest))
+    return total

@@ -9,13 +9,14 @@ by the operation's own vector-Jacobian product; each kind of operation refines w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxhess._typing import Array, Shaped
-from jaxhess.engine.kinds import Dense, Diagonal, Kind, transpose
+from jaxhess.engine.kinds import Dense, Diagonal, Factored, Kind, as_dense, middle_times, transpose
 
 __all__ = ["Pairs", "Rule"]
 
@@ -24,6 +25,10 @@ Pairs = dict[tuple[int, int], Kind]
 
 def _flat(rows: Shaped[Array, "k *a"]) -> Shaped[Array, "k size"]:
     return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
+
+
+def _dtype(kind: Diagonal | Dense) -> Any:
+    return (kind.values if isinstance(kind, Diagonal) else kind.matrix).dtype
 
 
 class Rule:
@@ -65,19 +70,37 @@ class Rule:
         """The pairs of inputs for which `second` makes dense matrices."""
         return []
 
+    def jacobians(self, u: int, dtype: Any) -> dict[int, Array]:
+        """`J_a`, (size u, size a), for every live input a."""
+        shape = self.results[self.outputs.index(u)].shape
+        size = math.prod(shape)
+        pulled = self.pull(u, jnp.eye(size, dtype=dtype).reshape(size, *shape))
+        return {a: _flat(rows) for a, rows in pulled.items()}
+
+    def pull_matrix(self, u: int, matrix: Shaped[Array, "k size"]) -> dict[int, Array]:
+        """`matrix J_a`, (k, size a), for every live input a."""
+        shape = self.results[self.outputs.index(u)].shape
+        pulled = self.pull(u, matrix.reshape(matrix.shape[0], *shape))
+        return {a: _flat(rows) for a, rows in pulled.items()}
+
     def through(self, kind: Kind, u: int) -> dict[int, Kind]:
         """`C[w, u] J_a` for every live input a."""
-        shape = self.results[self.outputs.index(u)].shape
-        if isinstance(kind, Diagonal):
-            size = math.prod(shape)
-            eye = jnp.eye(size, dtype=kind.values.dtype).reshape(size, *shape)
-            jacobians = self.pull(u, eye)
-            return {a: Dense(kind.values[:, None] * _flat(j)) for a, j in jacobians.items()}
-        rows = kind.matrix.reshape(kind.matrix.shape[0], *shape)
-        return {a: Dense(_flat(pulled)) for a, pulled in self.pull(u, rows).items()}
+        match kind:
+            case Diagonal():
+                jacobians = self.jacobians(u, kind.values.dtype)
+                return {a: Dense(kind.values[:, None] * j) for a, j in jacobians.items()}
+            case _:
+                return {a: Dense(pulled) for a, pulled in self.pull_matrix(u, as_dense(kind)).items()}
 
     def between(self, kind: Kind, u: int, keep: Callable[[int, int], bool]) -> Pairs:
         """`J_a^T C[u, u] J_b` for the pairs a <= b of live inputs that `keep` asks for."""
+        if isinstance(kind, Factored) and kind.values is None:
+            return self._between_factored(kind, u, keep)
+        if isinstance(kind, Factored):
+            kind = Dense(as_dense(kind))
+        if len(self.inputs) == 1 and self.results[self.outputs.index(u)].size < self.values[0].size:
+            (a,) = self.inputs
+            return {(a, a): Factored(self.jacobians(u, _dtype(kind))[a], kind)} if keep(a, a) else {}
         halves = self.through(kind, u)
         pairs: Pairs = {}
         for a, half in halves.items():
@@ -86,6 +109,32 @@ class Rule:
                 whole = self.through(transpose(half), u)
                 pairs |= {(a, b): whole[b] for b in wanted}
         return pairs
+
+    def _between_factored(self, kind: Factored, u: int, keep: Callable[[int, int], bool]) -> Pairs:
+        pulled = self.pull_matrix(u, kind.scaled_rows)
+        pairs: Pairs = {}
+        for a, left in pulled.items():
+            for b, right in pulled.items():
+                if a == b and keep(a, a) and left.shape[0] < left.shape[1]:
+                    pairs[a, a] = Factored(left, kind.middle)
+                elif a <= b and keep(a, b):
+                    pairs[a, b] = Dense(left.T @ middle_times(kind.middle, right))
+        return pairs
+
+    def own_diagonals(self, kind: Kind, u: int, wanted: Collection[int]) -> dict[int, Diagonal]:
+        """The diagonal of `J_a^T C[u, u] J_a` for the wanted inputs."""
+        if isinstance(kind, Factored):
+            pulled = self.pull_matrix(u, kind.scaled_rows)
+            totals = {a: jnp.sum(pulled[a] * middle_times(kind.middle, pulled[a]), axis=0) for a in wanted}
+            if kind.values is not None:
+                jacobians = self.jacobians(u, kind.values.dtype)
+                totals = {a: total + kind.values @ jacobians[a] ** 2 for a, total in totals.items()}
+            return {a: Diagonal(total) for a, total in totals.items()}
+        jacobians = self.jacobians(u, _dtype(kind))
+        if isinstance(kind, Diagonal):
+            return {a: Diagonal(kind.values @ jacobians[a] ** 2) for a in wanted}
+        halves = self.pull_matrix(u, kind.matrix)
+        return {a: Diagonal(jnp.sum(jacobians[a] * halves[a], axis=0)) for a in wanted}
 
     def second(self, g: dict[int, Array], keep: Callable[[int, int], bool]) -> Pairs:
         """`sum_i g[u]_i d2h_i / da db` for the pairs a <= b that `keep` asks for; nothing for a linear operation."""

@@ -5,7 +5,7 @@
 which on `z = f(y)` is `Q = C * f'f'^T + diag(g * f'')` of Theorem 1 as corrected (math.md, section 2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,18 +14,18 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxhess._typing import Array
 from jaxhess.engine.graph import Operation
-from jaxhess.engine.kinds import Dense, Diagonal, Kind, scale_columns
+from jaxhess.engine.kinds import Dense, Diagonal, Factored, Kind, as_dense, diagonal_of, scale_columns
 from jaxhess.engine.rules.base import Pairs, Rule
 from jaxhess.engine.trace import body_of
 
-__all__ = ["ComponentwiseRule", "has_no_second_derivative", "is_componentwise"]
+__all__ = ["COMPONENTWISE", "ComponentwiseRule", "has_no_second_derivative", "is_componentwise"]
 
 _PIECEWISE_LINEAR = {
-    "abs", "add", "add_any", "clamp", "convert_element_type", "copy", "copy_p", "max", "min", "neg", "reduce_precision",
-    "select_n", "sub",
+    "abs", "add", "add_any", "clamp", "convert_element_type", "copy", "copy_p", "max", "min", "name", "neg",
+    "reduce_precision", "select_n", "sub",
 }  # fmt: skip
 
-_COMPONENTWISE = _PIECEWISE_LINEAR | {
+COMPONENTWISE = _PIECEWISE_LINEAR | {
     "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "cos", "cosh",
     "digamma", "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "igamma", "igammac", "integer_pow", "lgamma",
     "log", "log1p", "logistic", "mul", "polygamma", "pow", "rsqrt", "sin", "sinh", "sqrt", "square", "tan", "tanh", "zeta",
@@ -41,7 +41,7 @@ def is_componentwise(
     body = body_of(operation.equation)
     if operation.name.startswith("custom_") and body is not None:
         return _body_is_componentwise(body, live, out[0])
-    return operation.name in _COMPONENTWISE
+    return operation.name in COMPONENTWISE
 
 
 def _body_is_componentwise(closed: ClosedJaxpr, live: Sequence[bool], shape: tuple[int, ...]) -> bool:
@@ -63,7 +63,7 @@ def _body_is_componentwise(closed: ClosedJaxpr, live: Sequence[bool], shape: tup
         if body is not None:
             if not _body_is_componentwise(body, inputs, shape):
                 return False
-        elif equation.primitive.name not in _COMPONENTWISE | _FLAGS_AND_STEPS:
+        elif equation.primitive.name not in COMPONENTWISE | _FLAGS_AND_STEPS:
             return False
     return all(atom.aval.shape == shape for atom in closed.jaxpr.outvars)
 
@@ -110,12 +110,24 @@ class ComponentwiseRule(Rule):
         for a, j in self._derivatives.items():
             for b, k in self._derivatives.items():
                 if a <= b and keep(a, b):
-                    j_a, j_b = j.reshape(-1), k.reshape(-1)
-                    if isinstance(kind, Diagonal):
-                        pairs[a, b] = Diagonal(kind.values * j_a * j_b)
-                    else:
-                        pairs[a, b] = Dense(kind.matrix * (j_a[:, None] * j_b[None, :]))
+                    pairs[a, b] = self._product(kind, j.reshape(-1), k.reshape(-1), same=a == b)
         return pairs
+
+    @staticmethod
+    def _product(kind: Kind, j_a: Array, j_b: Array, *, same: bool) -> Kind:
+        """`diag(j_a) C diag(j_b)`."""
+        match kind:
+            case Diagonal():
+                return Diagonal(kind.values * j_a * j_b)
+            case Factored() if same:
+                values = None if kind.values is None else kind.values * j_a**2
+                return Factored(kind.rows, kind.middle, j_a if kind.scale is None else kind.scale * j_a, values)
+            case _:
+                return Dense(as_dense(kind) * (j_a[:, None] * j_b[None, :]))
+
+    def own_diagonals(self, kind: Kind, u: int, wanted: Collection[int]) -> dict[int, Diagonal]:
+        own = diagonal_of(kind)
+        return {a: Diagonal(own.values * self._derivatives[a].reshape(-1) ** 2) for a in wanted}
 
     def second(self, g: dict[int, Array], keep: Callable[[int, int], bool]) -> Pairs:
         (u,) = self.outputs

@@ -3,9 +3,9 @@
 At a kink (a tie of a maximum, say) the first derivative is the one that JAX takes and the second is zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from jaxhess.engine.kinds import Diagonal, Kind
+from jaxhess.engine.kinds import Dense, Diagonal, Factored, Kind, add, diagonal_of
 from jaxhess.engine.rules.base import Pairs, Rule
 
 __all__ = ["INDEXING", "LINEAR", "IndexingRule"]
@@ -25,8 +25,23 @@ class IndexingRule(Rule):
     """Each component of an output is at most one component of one input, so diagonal curvature stays diagonal."""
 
     def between(self, kind: Kind, u: int, keep: Callable[[int, int], bool]) -> Pairs:
-        if not isinstance(kind, Diagonal):
-            return super().between(kind, u, keep)
+        if isinstance(kind, Factored):
+            pairs = self._between_factored(kind, u, keep)
+            if kind.values is not None:
+                for pair, values in self.between(Diagonal(kind.values), u, keep).items():
+                    pairs[pair] = add(pairs[pair], values)
+            return pairs
+        if isinstance(kind, Dense):
+            halves = self.pull_matrix(u, kind.matrix)
+            wanted = {a: [b for b in halves if a <= b and keep(a, b)] for a in halves}
+            wholes = {a: self.pull_matrix(u, halves[a].T) for a, others in wanted.items() if others}
+            return {(a, b): Dense(wholes[a][b]) for a, others in wanted.items() for b in others}
         shape = self.results[self.outputs.index(u)].shape
         pulled = self.pull(u, kind.values.reshape(1, *shape))
         return {(a, a): Diagonal(d.reshape(-1)) for a, d in pulled.items() if keep(a, a)}
+
+    def own_diagonals(self, kind: Kind, u: int, wanted: Collection[int]) -> dict[int, Diagonal]:
+        if not isinstance(kind, Diagonal):
+            return super().own_diagonals(kind, u, wanted)
+        pairs = self.between(kind, u, lambda a, b: a == b and a in wanted)
+        return {a: diagonal_of(pair) for (a, _), pair in pairs.items()}

@@ -1,0 +1,231 @@
+"""The whole Hessian over a tree of parameters, all cross blocks included.
+
+Products go through the linearised gradient, whose factors (every z_j, f', f'' and g_j of the batch) are kept: a pass forward
+and a pass backward without any of the work that does not depend on the vector. Whatever needs the matrices between the uses
+
+    H_jk = Q_jk z_j z_k + g_j S_jk z_k + g_k S_kj z_j                                       (math.md, section 6)
+
+(blocks, the dense form, the diagonal) computes them when it is asked for, by `readings`.
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+
+from jaxhess._typing import Array, PyTree
+from jaxhess.operators.base import StructuredOperator, sum_of
+from jaxhess.operators.mapped import (
+    Inertia,
+    count_signs,
+    mapped_diagonal,
+    mapped_frobenius_norm,
+    mapped_matrix,
+    mapped_trace,
+)
+from jaxhess.operators.paths import Selection, find, leaves_like, paths_of
+from jaxhess.operators.support import (
+    as_scalar,
+    as_tags,
+    check_operator_fits,
+    check_square,
+    check_vector,
+    describe,
+    scaled_tags,
+)
+
+__all__ = ["FullHessian", "Readings", "RestrictedHessian"]
+
+
+class Readings(abc.ABC):
+    """What can be read of a Hessian at a point (its parameters and batch) beyond products; hashable, without arrays."""
+
+    @abc.abstractmethod
+    def matrix(self, point: Any, product: Any, factor: Array) -> Array:
+        """`factor` times the dense matrix, in the order of `jax.flatten_util.ravel_pytree`."""
+
+    @abc.abstractmethod
+    def diagonal(self, point: Any) -> PyTree:
+        """The diagonal, a tree like the parameters."""
+
+    @abc.abstractmethod
+    def block(self, point: Any, row: int, column: int) -> StructuredOperator | None:
+        """The block from one parameter to another, by their places among the leaves; None where it has no small matrices."""
+
+
+class FullHessian(StructuredOperator):
+    """The symmetric operator on a tree of parameters; `jaxhess.hessian(fun, blocks="full")` makes it.
+
+    `product` maps a tree like `structure` to another, `point` is what `readings` read from, `factor` multiplies all of it.
+    `H["layer"]["w"]["out"]["b"]`, or `H.block("layer/w", "out/b")`, is the block from out/b to layer/w: the keys lead to the
+    parameter of the rows first, then to that of the columns. `H.block("layer/w")` is a diagonal block.
+
+    >>> import jax.numpy as jnp, jaxhess
+    >>> def error(p, x):
+    ...     return jnp.sum((p["w"] @ x + p["b"]) ** 2)
+    >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(2)}
+    >>> H = jaxhess.hessian(error, blocks="full")(params, jnp.eye(3))
+    >>> H.as_matrix().shape, H["w"]["b"].as_matrix().shape, type(H.block("w")).__name__
+    ((8, 8), (6, 2), 'KroneckerProductSum')
+    """
+
+    product: Any
+    point: Any
+    factor: Array
+    structure: Any = dataclasses.field(metadata={"static": True})
+    readings: Readings = dataclasses.field(metadata={"static": True})
+
+    def __init__(self, product: Any, point: Any, structure: PyTree, readings: Readings, factor: Any = 1, tags: Any = ()):
+        leaves, treedef = jax.tree.flatten(structure)
+        self.product, self.point, self.readings = product, point, readings
+        self.structure = (treedef, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves))
+        self.factor = as_scalar("FullHessian", factor, jnp.result_type(*(leaf.dtype for leaf in leaves)))
+        self.tags = as_tags(tags) | {lx.symmetric_tag}
+
+    def in_structure(self):
+        treedef, leaves = self.structure
+        return jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
+
+    def out_structure(self):
+        return self.in_structure()
+
+    def mv(self, vector):
+        structure = self.in_structure()
+        parts = leaves_like("FullHessian.mv", structure, vector)
+        cast = [jnp.asarray(v, s.dtype) for v, s in zip(parts, jax.tree.leaves(structure), strict=True)]
+        return jax.tree.unflatten(self.structure[0], _product(self.product, self.factor, cast))
+
+    def as_matrix(self):
+        check_operator_fits(self, instead="mv, diagonal(), trace() or block()")
+        return self.readings.matrix(self.point, self.product, self.factor)
+
+    def transpose(self):
+        return self
+
+    def diagonal(self):
+        return jax.tree.map(lambda d: self.factor.astype(d.dtype) * d, self.readings.diagonal(self.point))
+
+    def trace(self):
+        return sum_of(jnp.sum(d) for d in jax.tree.leaves(self.diagonal()))
+
+    def frobenius_norm(self):
+        return _frobenius_norm(self)
+
+    def scaled(self, factor):
+        scaled = self.factor * as_scalar("FullHessian", factor, self.factor.dtype)
+        return dataclasses.replace(self, factor=scaled, tags=scaled_tags(self.tags, factor))
+
+    def eigvalsh(self) -> Array:
+        """All N eigenvalues in ascending order, (N,), by way of the dense matrix."""
+        return jnp.linalg.eigvalsh(self.as_matrix())
+
+    def inertia(self, tolerance: Any = None) -> Inertia:
+        """How many eigenvalues are above `tolerance`, below `-tolerance`, and between; see `CurvatureOperator.inertia`."""
+        return count_signs(self.eigvalsh(), self.in_size(), tolerance)
+
+    def block(self, row: Any, column: Any = None) -> Any:
+        """The block from the parameter at `column` to that at `row`: paths such as `"layer/w"`, tuples of keys, or JAX key
+        paths. Without `column`, the diagonal block at `row`.
+
+        Raises `KeyError`, with what is there, if there is no parameter at a path.
+        """
+        paths = paths_of(self.in_structure())
+        i = find(paths, row)
+        j = i if column is None else find(paths, column)
+        block = self.readings.block(self.point, i, j)
+        return RestrictedHessian(self, i, j) if block is None else block.scaled(self.factor)
+
+    def __getitem__(self, key: Any) -> Any:
+        return Selection(self.block, self.in_structure())[key]
+
+    def _plus(self, other):
+        return None
+
+    def __repr__(self):
+        return describe(self, f"{len(self.structure[1])} parameters", "factors of the linearised gradient")
+
+
+class RestrictedHessian(StructuredOperator):
+    """A block of a `FullHessian`, from the parameter at place `column` to that at `row`, by its product alone: where uses in
+    loops, or weights computed from parameters, leave no small matrices. What the zeros of the vector's other parts would
+    cost is not computed."""
+
+    whole: FullHessian
+    row: int = dataclasses.field(metadata={"static": True})
+    column: int = dataclasses.field(metadata={"static": True})
+
+    def __init__(self, whole: FullHessian, row: int, column: int, tags: Any = ()):
+        self.whole, self.row, self.column = whole, row, column
+        self.tags = as_tags(tags) | ({lx.symmetric_tag} if row == column else set())
+
+    def in_structure(self):
+        return jax.tree.leaves(self.whole.in_structure())[self.column]
+
+    def out_structure(self):
+        return jax.tree.leaves(self.whole.in_structure())[self.row]
+
+    def mv(self, vector):
+        structure = self.in_structure()
+        check_vector("RestrictedHessian", vector, structure.shape)
+        return _restricted_product(self, jnp.asarray(vector, structure.dtype))
+
+    def as_matrix(self):
+        check_operator_fits(self)
+        if self.out_size() < self.in_size():
+            return mapped_matrix(self.transpose()).T
+        return mapped_matrix(self)
+
+    def transpose(self):
+        return self if self.row == self.column else RestrictedHessian(self.whole, self.column, self.row, self.tags)
+
+    def diagonal(self):
+        check_square(self, "diagonal")
+        return mapped_diagonal(self)
+
+    def trace(self):
+        check_square(self, "trace")
+        return mapped_trace(self)
+
+    def frobenius_norm(self):
+        return mapped_frobenius_norm(self if self.in_size() <= self.out_size() else self.transpose())
+
+    def scaled(self, factor):
+        return dataclasses.replace(self, whole=self.whole.scaled(factor), tags=scaled_tags(self.tags, factor))
+
+    def _plus(self, other):
+        return None
+
+    def __repr__(self):
+        return describe(self, f"of {self.whole!r}")
+
+
+@jax.jit
+def _product(product: Any, factor: Array, vectors: list[Array]) -> list[Array]:
+    return [factor.astype(p.dtype) * p for p in product(vectors)]
+
+
+@jax.jit
+def _restricted_product(block: RestrictedHessian, vector: Array) -> Array:
+    zeros = [jnp.zeros(s.shape, s.dtype) for s in jax.tree.leaves(block.whole.in_structure())]
+
+    def restricted(part: Array) -> Array:
+        return block.whole.product([*zeros[: block.column], part, *zeros[block.column + 1 :]])[block.row]
+
+    # The derivative of a linear map is the map itself, less what the parts that stay zero would cost.
+    result = jax.jvp(restricted, (jnp.zeros_like(vector),), (vector,))[1]
+    return block.whole.factor.astype(result.dtype) * result
+
+
+@jax.jit
+def _frobenius_norm(operator: FullHessian) -> Array:
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), operator.in_structure())
+    flat, unravel = ravel_pytree(zeros)
+
+    def column(i: Array) -> Array:
+        return jnp.sum(ravel_pytree(operator.mv(unravel(flat.at[i].set(1))))[0] ** 2)
+
+    return jnp.sqrt(jnp.sum(jax.lax.map(column, jnp.arange(flat.size))))

@@ -1,0 +1,109 @@
+"""Where a parameter is in a tree, and how the keys of two of them lead to a block between them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess._typing import InputError, PyTree
+
+__all__ = ["Selection", "children_of", "find", "key_of", "leaves_like", "paths_of"]
+
+IsLeaf = Callable[[Any], bool] | None
+
+
+def key_of(entry: Any) -> Any:
+    """The bare key of an entry of a JAX key path; anything else is a key already."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    return entry
+
+
+def joined(path: Sequence[Any]) -> str:
+    """Keys as one text, `"layer/w"`."""
+    return "/".join(str(key_of(entry)) for entry in path)
+
+
+def paths_of(tree: PyTree, is_leaf: IsLeaf = None) -> list[str]:
+    """The paths of a tree's leaves, in their order: `["layer/b", "layer/w"]`."""
+    return [joined(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+
+
+def find(paths: Sequence[str], path: Any) -> int:
+    """The place of a path, given as text, as a tuple of keys or as a JAX key path. Raises `KeyError` with what there is."""
+    text = path if isinstance(path, str) else joined(path if isinstance(path, tuple | list) else (path,))
+    if text not in paths:
+        raise KeyError(f"no parameter {text!r}; there is {', '.join(map(repr, paths))}")
+    return paths.index(text)
+
+
+def leaves_like(what: str, structure: PyTree, vector: PyTree) -> list[Any]:
+    """The leaves of a vector, which must be a tree like `structure` (a tree of shapes), in their shapes.
+
+    Raises `InputError` naming what is missing or has another shape.
+    """
+    expected, given = jax.tree.structure(structure), jax.tree.structure(vector)
+    paths = paths_of(structure)
+    if expected != given:
+        found = paths_of(vector)
+        missing = [path for path in paths if path not in found]
+        unexpected = [path for path in found if path not in paths]
+        raise InputError(
+            f"{what}: the vector's structure is not the parameters': missing {missing or 'nothing'}, "
+            f"unexpected {unexpected or 'nothing'}, got {given}"
+        )
+    leaves = jax.tree.leaves(vector)
+    for path, leaf, shape in zip(paths, leaves, jax.tree.leaves(structure), strict=True):
+        if jnp.shape(leaf) != shape.shape:
+            raise InputError(f"{what}: {path!r} needs shape {shape.shape}, got shape {jnp.shape(leaf)}")
+    return leaves
+
+
+def children_of(node: Any, is_leaf: IsLeaf = None) -> dict[str, Any]:
+    """The children of one node of a tree, by key: dicts, sequences, named tuples and dataclasses alike."""
+    if is_leaf is not None and is_leaf(node):
+        return {}
+    pairs = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
+    return {str(key_of(path[0])): child for path, child in pairs if path and child is not None}
+
+
+class Selection:
+    """Some of the keys that lead to the block `choose(row, column)`: first those of the rows' parameter, then those of the
+    columns'; `H["layer"]["w"]["out"]["b"]` is the block from out/b to layer/w.
+
+    `tree` is a tree of the parameters' structure.
+    """
+
+    def __init__(
+        self,
+        choose: Callable[[str, str], Any],
+        tree: PyTree,
+        is_leaf: IsLeaf = None,
+        row: str | None = None,
+        taken: tuple[str, ...] = (),
+        node: Any = None,
+    ) -> None:
+        self._choose, self._tree, self._is_leaf, self._row, self._taken = choose, tree, is_leaf, row, taken
+        self._node = node if taken else tree
+
+    def __getitem__(self, key: Any) -> Any:
+        children = children_of(self._node, self._is_leaf)
+        name = str(key_of(key))
+        if isinstance(self._node, tuple | list) and isinstance(key, int) and -len(self._node) <= key < 0:
+            name = str(key + len(self._node))
+        if name not in children:
+            raise KeyError(f"no parameter {name!r} at {'/'.join(self._taken)!r}; there is {', '.join(children)}")
+        node, taken = children[name], (*self._taken, name)
+        if children_of(node, self._is_leaf):
+            return Selection(self._choose, self._tree, self._is_leaf, self._row, taken, node)
+        if self._row is None:
+            return Selection(self._choose, self._tree, self._is_leaf, "/".join(taken))
+        return self._choose(self._row, "/".join(taken))
+
+    def __repr__(self) -> str:
+        here = "/".join(self._taken)
+        below = ", ".join(children_of(self._node, self._is_leaf))
+        rows = "" if self._row is None else f"rows {self._row!r}, "
+        return f"Selection({rows}{'rows' if self._row is None else 'columns'} at {here!r}: {below})"
