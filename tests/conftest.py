@@ -1,7 +1,13 @@
+import os
+
 import hypothesis
 import jax
 import pytest
 
+# Most of the time goes into compiling. With the flag set to something else before, that holds.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same cases in every run: a failure is of the change at hand. `--hypothesis-profile=search` looks for new ones.

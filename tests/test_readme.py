@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import optax
+from flax import nnx
 
 import jaxhess
 
@@ -27,9 +29,10 @@ def test_python_blocks_run_in_order():
     names["cell"] = {name: 0.3 * jnp.sin(jnp.arange(1.0, 1 + np.prod(s))).reshape(s) for name, s in shapes.items()}
     names |= {"sequences": jax.random.normal(keys[0], (4, 7, 5)), "targets": jnp.ones((4, 2))}
     names["v"] = jax.tree.map(jnp.ones_like, params)
+    names |= {"nnx": nnx, "optax": optax}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert isinstance(names["H"], jaxhess.operators.BlockDiagonal)
+    assert isinstance(names["H"], jaxhess.operators.FullHessian)
     assert repr(names["R"]["u"]).startswith("ImplicitKroneckerSum(36 x 36")
     assert jax.tree.structure(names["step"]) == jax.tree.structure(params)
 

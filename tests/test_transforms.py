@@ -15,7 +15,7 @@ from jaxprs import equations
 from models import MODELS, inputs, normal
 
 import jaxhess
-from jaxhess.operators import Dense, Diagonal, KroneckerProductSum, LowRank
+from jaxhess.operators import Dense, Diagonal, ImplicitKroneckerSum, KroneckerProductSum, LowRank
 
 TOLERANCE = 1e-10
 
@@ -438,13 +438,25 @@ def test_computing_in_bfloat16_inside():
     assert_close(found.as_matrix(), exact.as_matrix(), 2e-2)
 
 
-def test_second_derivatives_that_would_not_fit_are_refused():
+def test_curvature_that_would_not_fit_is_refused():
+    def error(w, x):
+        return jnp.sum(jnp.tanh(w @ x)) ** 2
+
+    shapes = jax.ShapeDtypeStruct((200000, 2), jnp.float32), jax.ShapeDtypeStruct((3, 2), jnp.float32)
+    with pytest.raises(MemoryError, match=r"reduce_sum at .*600000 x 200000"):
+        jax.eval_shape(jaxhess.hessian(error), *shapes)
+
+
+def test_large_parameters_of_other_operations_stay_implicit():
     def error(w, x):
         return jnp.sum(jax.lax.cond(x[0] > 0, lambda: jnp.tanh(w @ x), lambda: jnp.sin(w @ x)))
 
-    shapes = jax.ShapeDtypeStruct((400, 400), jnp.float64), jax.ShapeDtypeStruct((1, 400), jnp.float64)
-    with pytest.raises(MemoryError, match=r"cond at .*160000 x 160000"):
-        jax.eval_shape(jaxhess.hessian(error), *shapes)
+    w, x = normal(0, 130, 64), normal(1, 2, 64)
+    H = jaxhess.hessian(error)(w, x)
+    assert isinstance(H.block(()), ImplicitKroneckerSum)
+    vector = normal(2, 130, 64)
+    expected = jax.jvp(jax.grad(mean_error(error, (x,))), (w,), (vector,))[1]
+    assert_close(H.mv(vector), expected)
 
 
 def test_functions_without_a_hash():

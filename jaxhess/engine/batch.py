@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxhess._typing import Array
 from jaxhess.engine import kinds
+from jaxhess.engine.failure import naming_the_culprit
 from jaxhess.engine.graph import evaluate
 from jaxhess.engine.implicit import Implicit, differentiate
 from jaxhess.engine.kinds import Dense, Diagonal, Kind
@@ -65,9 +66,10 @@ def sweep_batch(
         wanted = sorted({*read, plan.graph.output} - {*plan.frontier, *plan.graph.constants, *arrays})
         implicit = differentiate(plan, environment, batch, examples, wanted, second_order=second_order)
         arrays |= implicit.values
-    result = _sweep_batch(
-        plan, environment, arrays, examples, batch_size, relevant, second_order=second_order, diagonal=diagonal
-    )
+    with naming_the_culprit(plan):
+        result = _sweep_batch(
+            plan, environment, arrays, examples, batch_size, relevant, second_order=second_order, diagonal=diagonal
+        )
     if implicit is not None:
         result.outputs |= implicit.outputs
         result.inputs |= implicit.inputs

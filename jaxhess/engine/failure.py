@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhess._typing import Array, UnsupportedOperationError
+from jaxhess._typing import Array, DenseTooLargeError, InputError, UnsupportedOperationError
 from jaxhess.engine.graph import Operation, nested
 from jaxhess.engine.plan import Plan
 
@@ -19,7 +19,7 @@ def naming_the_culprit(plan: Plan) -> Iterator[None]:
     """Turn what JAX raises within into an `UnsupportedOperationError` that names the operation and its place."""
     try:
         yield
-    except UnsupportedOperationError:
+    except (DenseTooLargeError, InputError, UnsupportedOperationError):
         raise
     except (NotImplementedError, TypeError, ValueError, ArithmeticError) as error:
         culprit = next((operation for operation in _live(plan) if not _twice_differentiable(plan, operation)), None)

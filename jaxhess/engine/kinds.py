@@ -6,10 +6,12 @@ itself may be `Factored`: behind a narrow place of the network, ten outputs say,
 
     C = S J^T M J S + D,        J (k, size), M (k, k), S and D diagonal
 
-and neither a linear operation (J W) nor a component-wise one (S f', D f'^2 + g f'') needs more than that.
+and neither a linear operation (J W) nor a component-wise one (S f', D f'^2 + g f'') needs more than that. M may be factored
+in turn, where the network narrows again and again towards its outputs.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,9 @@ __all__ = [
     "add",
     "as_dense",
     "diagonal_of",
+    "dtype_of",
     "middle_times",
+    "quadratic",
     "scale_columns",
     "transpose",
 ]
@@ -54,7 +58,7 @@ class Factored:
     (size,), or None for ones and zeros. The scale is apart so that rows which all examples share stay shared."""
 
     rows: Shaped[Array, "k size"]
-    middle: "Diagonal | Dense"
+    middle: "Diagonal | Dense | Factored"
     scale: Shaped[Array, " size"] | None = None
     values: Shaped[Array, " size"] | None = None
 
@@ -65,6 +69,17 @@ class Factored:
 
 
 Kind = Diagonal | Dense | Factored
+
+
+def dtype_of(kind: Kind) -> Any:
+    """The dtype of its entries."""
+    match kind:
+        case Diagonal():
+            return kind.values.dtype
+        case Dense():
+            return kind.matrix.dtype
+        case Factored():
+            return kind.rows.dtype
 
 
 def middle_times(middle: Kind, rows: Shaped[Array, "k size"]) -> Shaped[Array, "k size"]:
@@ -87,6 +102,19 @@ def as_dense(kind: Kind) -> Array:
             return matrix if kind.values is None else add_diagonal(matrix, kind.values)
 
 
+def quadratic(kind: Kind, columns: Shaped[Array, "size n"]) -> Shaped[Array, " n"]:
+    """`p^T C p` for each column p."""
+    match kind:
+        case Diagonal():
+            return kind.values @ columns**2
+        case Dense():
+            return jnp.sum(columns * (kind.matrix @ columns), axis=0)
+        case Factored():
+            scaled = columns if kind.scale is None else kind.scale[:, None] * columns
+            inner = quadratic(kind.middle, kind.rows @ scaled)
+            return inner if kind.values is None else inner + kind.values @ columns**2
+
+
 def diagonal_of(kind: Kind) -> Diagonal:
     """The diagonal alone."""
     match kind:
@@ -95,8 +123,7 @@ def diagonal_of(kind: Kind) -> Diagonal:
         case Dense():
             return Diagonal(jnp.diagonal(kind.matrix))
         case Factored():
-            rows = kind.scaled_rows
-            values = jnp.sum(rows * middle_times(kind.middle, rows), axis=0)
+            values = quadratic(kind.middle, kind.scaled_rows)
             return Diagonal(values if kind.values is None else values + kind.values)
 
 

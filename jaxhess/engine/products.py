@@ -47,12 +47,17 @@ def hessian_product(plan: Plan, batch: Sequence[Array], examples: int, values: A
 def linearised_gradient(
     plan: Plan, batch: Sequence[Array], examples: int, values: Arrays
 ) -> tuple[Array, Arrays, Callable[[Arrays], Arrays]]:
-    """The mean error, its gradient, and the gradient's linear part: a pytree that holds its factors."""
+    """The mean error, its gradient, and the gradient's linear part: a pytree that holds its factors, and maps arrays in
+    float32 or wider to such, for narrower parameters too."""
     summed = summed_error(plan, batch, examples)
+    wide = [value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in values]
 
-    def gradient(values: Arrays) -> tuple[Arrays, Array]:
-        value, grads = jax.value_and_grad(lambda v: summed(v) / examples)(values)
+    def mean(wide: Arrays) -> Array:
+        return summed([w.astype(value.dtype) for w, value in zip(wide, values, strict=True)]) / examples
+
+    def gradient(wide: Arrays) -> tuple[Arrays, Array]:
+        value, grads = jax.value_and_grad(mean)(wide)
         return grads, value
 
-    grads, linear, value = jax.linearize(gradient, values, has_aux=True)
+    grads, linear, value = jax.linearize(gradient, wide, has_aux=True)
     return value, grads, linear

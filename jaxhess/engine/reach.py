@@ -11,7 +11,7 @@ __all__ = ["Reached", "reach"]
 
 Reached = dict[int, frozenset[int]]
 
-_WITHOUT_DERIVATIVE = {"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"}
+_WITHOUT_DERIVATIVE = {"ceil", "floor", "is_finite", "round", "sign", "stop_gradient"}
 _NONE: frozenset[int] = frozenset()
 
 

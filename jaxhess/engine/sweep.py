@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxhess._linalg import available_bytes, check_dense_fits
 from jaxhess._typing import Array, DenseTooLargeError, UnsupportedOperationError
 from jaxhess.engine.graph import Graph, evaluate
-from jaxhess.engine.kinds import Dense, Diagonal, Factored, Kind, add, diagonal_of, transpose
+from jaxhess.engine.kinds import Diagonal, Kind, add, diagonal_of, dtype_of, transpose
 from jaxhess.engine.plan import Leaf, Step
 from jaxhess.engine.rules.base import Rule
 from jaxhess.engine.rules.elementwise import ComponentwiseRule
@@ -225,16 +225,6 @@ def _repeats(step: Step, graph: Graph) -> bool:
     return not (len(sizes) == 2 and sizes[0] == sizes[1])
 
 
-def _itemsize(kind: Kind) -> int:
-    match kind:
-        case Diagonal():
-            return kind.values.dtype.itemsize
-        case Dense():
-            return kind.matrix.dtype.itemsize
-        case Factored():
-            return kind.rows.dtype.itemsize
-
-
 def _guard(state: _State, step: Step, a: int, b: int, itemsize: int) -> None:
     rows, columns = state.copies * state.size(a), state.size(b)
     if rows * columns * itemsize <= available_bytes():
@@ -260,7 +250,7 @@ def _pass_own(
     keep: Callable[[int, int], bool],
 ) -> None:
     if probe is not None:
-        _guard(state, step, probe, probe, _itemsize(kind))
+        _guard(state, step, probe, probe, dtype_of(kind).itemsize)
         state.accumulate(probe, probe, kind)
     if rule is None:
         return
@@ -272,7 +262,7 @@ def _pass_own(
     if not isinstance(kind, Diagonal) or step.kind not in ("componentwise", "indexing"):
         for a in step.inputs:
             if a not in only:
-                _guard(state, step, a, a, _itemsize(kind))
+                _guard(state, step, a, a, dtype_of(kind).itemsize)
     if len(only) < len(step.inputs) or len(only) > 1:
         for (a, b), pulled in rule.between(kind, u, in_full).items():
             state.accumulate(a, b, pulled)
@@ -300,7 +290,7 @@ def _pass_row(
         return
     if not isinstance(kind, Diagonal) or step.kind != "componentwise":
         for a in inputs:
-            _guard(state, step, w, a, _itemsize(kind))
+            _guard(state, step, w, a, dtype_of(kind).itemsize)
     pulled = rule.through(kind, u)
     for a in inputs:
         state.accumulate(w, a, add(pulled[a], transpose(pulled[a])) if a == w else pulled[a])
@@ -313,7 +303,7 @@ def _pass_mixed(
     if rule is None:
         return
     for a in step.inputs:
-        _guard(state, step, a, a, _itemsize(kind))
+        _guard(state, step, a, a, dtype_of(kind).itemsize)
     for b, half in rule.through(kind, u).items():
         for a, whole in rule.through(transpose(half), w).items():
             if keep(a, b):

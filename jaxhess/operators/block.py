@@ -16,6 +16,7 @@ from jaxhess._linalg import format_bytes
 from jaxhess._typing import InputError, PyTree
 from jaxhess.operators.base import CurvatureOperator, StructuredOperator, sum_of
 from jaxhess.operators.mapped import Inertia
+from jaxhess.operators.paths import children_of, key_of, leaves_like, unwrapped
 from jaxhess.operators.support import (
     as_tags,
     check_operator_fits,
@@ -62,17 +63,9 @@ class BlockDiagonal(StructuredOperator):
         return self._map(lambda operator: operator.out_structure())
 
     def mv(self, vector):
-        structure = jax.tree.structure(self.blocks, is_leaf=_is_operator)
-        if jax.tree.structure(vector) != structure:
-            raise InputError(_mismatch("BlockDiagonal.mv", dict(self.items()), vector))
-        vectors = jax.tree.leaves(vector)
-        results = []
-        for (path, operator), part in zip(self.items(), vectors, strict=True):
-            shape = operator.in_structure().shape
-            if jnp.shape(part) != shape:
-                raise InputError(f"BlockDiagonal.mv: {path!r} needs shape {shape}, got shape {jnp.shape(part)}")
-            results.append(operator.mv(part))
-        return jax.tree.unflatten(structure, results)
+        parts = leaves_like("BlockDiagonal.mv", self.in_structure(), vector)
+        results = [operator.mv(part) for operator, part in zip(self._operators(), parts, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(self.blocks, is_leaf=_is_operator), results)
 
     def as_matrix(self):
         for path, operator in self.items():
@@ -109,7 +102,7 @@ class BlockDiagonal(StructuredOperator):
     def items(self) -> Iterator[tuple[str, CurvatureOperator]]:
         """The blocks with their paths, such as `"layer/w"`, in the order of the parameters' leaves."""
         for path, operator in jax.tree_util.tree_leaves_with_path(self.blocks, is_leaf=_is_operator):
-            yield "/".join(str(_key(entry)) for entry in path), operator
+            yield "/".join(str(key_of(entry)) for entry in path), operator
 
     def block(self, path: Any) -> Any:
         """The block, or the part of the tree, at `path`: `"layer/w"`, a tuple of keys, or a JAX key path.
@@ -123,14 +116,15 @@ class BlockDiagonal(StructuredOperator):
             path = path.split("/")
         node = self.blocks
         for depth, entry in enumerate(path):
-            key, children = _key(entry), _children(node)
+            key, children = key_of(entry), children_of(node, _is_operator)
             if isinstance(node, tuple | list) and isinstance(key, int) and -len(node) <= key < len(node):
                 node = node[key]
             elif str(key) in children:
                 node = children[str(key)]
             else:
-                here = "/".join(str(_key(entry)) for entry in path[:depth])
+                here = "/".join(str(key_of(entry)) for entry in path[:depth])
                 raise KeyError(f"no block {str(key)!r} at {here!r}; there is {', '.join(children) or 'nothing below'}")
+        node = unwrapped(node, _is_operator)
         return node if _is_operator(node) else BlockDiagonal(node)
 
     def __getitem__(self, key: Any) -> Any:
@@ -155,29 +149,3 @@ class BlockDiagonal(StructuredOperator):
 
 def _is_operator(node: Any) -> bool:
     return isinstance(node, StructuredOperator)
-
-
-def _key(entry: Any) -> Any:
-    """The bare key of an entry of a JAX key path; anything else is a key already."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return entry
-
-
-def _children(node: Any) -> dict[str, Any]:
-    """The children of one node of a tree, by key: dicts, sequences, named tuples and dataclasses alike."""
-    if _is_operator(node):
-        return {}
-    pairs = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
-    return {str(_key(path[0])): child for path, child in pairs if child is not None}
-
-
-def _mismatch(what: str, operators: dict[str, Any], vector: PyTree) -> str:
-    given = ["/".join(str(_key(entry)) for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(vector)]
-    missing = [path for path in operators if path not in given]
-    unexpected = [path for path in given if path not in operators]
-    return (
-        f"{what}: the vector's structure is not the parameters': missing {missing or 'nothing'}, "
-        f"unexpected {unexpected or 'nothing'}, got {jax.tree.structure(vector)}"
-    )

@@ -10,11 +10,12 @@ and a pass backward without any of the work that does not depend on the vector. 
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxhess._typing import Array, PyTree
@@ -45,7 +46,7 @@ class Readings(abc.ABC):
     """What can be read of a Hessian at a point (its parameters and batch) beyond products; hashable, without arrays."""
 
     @abc.abstractmethod
-    def matrix(self, point: Any, product: Any, factor: Array) -> Array:
+    def matrix(self, point: Any, product: Any, factor: Array | np.ndarray) -> Array:
         """`factor` times the dense matrix, in the order of `jax.flatten_util.ravel_pytree`."""
 
     @abc.abstractmethod
@@ -55,6 +56,13 @@ class Readings(abc.ABC):
     @abc.abstractmethod
     def block(self, point: Any, row: int, column: int) -> StructuredOperator | None:
         """The block from one parameter to another, by their places among the leaves; None where it has no small matrices."""
+
+
+class _Structure(NamedTuple):
+    """A tree of shapes and dtypes, with a hash."""
+
+    treedef: Any
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
 
 
 class FullHessian(StructuredOperator):
@@ -75,15 +83,17 @@ class FullHessian(StructuredOperator):
 
     product: Any
     point: Any
-    factor: Array
+    factor: Array | np.ndarray
     structure: Any = dataclasses.field(metadata={"static": True})
     readings: Readings = dataclasses.field(metadata={"static": True})
 
-    def __init__(self, product: Any, point: Any, structure: PyTree, readings: Readings, factor: Any = 1, tags: Any = ()):
-        leaves, treedef = jax.tree.flatten(structure)
-        self.product, self.point, self.readings = product, point, readings
-        self.structure = (treedef, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves))
-        self.factor = as_scalar("FullHessian", factor, jnp.result_type(*(leaf.dtype for leaf in leaves)))
+    def __init__(self, product: Any, point: Any, structure: PyTree, readings: Readings, factor: Any = None, tags: Any = ()):
+        if not isinstance(structure, _Structure):
+            leaves, treedef = jax.tree.flatten(structure)
+            structure = _Structure(treedef, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves))
+        self.product, self.point, self.readings, self.structure = product, point, readings, structure
+        dtype = jnp.result_type(*(dtype for _, dtype in structure.leaves))
+        self.factor = np.ones((), dtype) if factor is None else as_scalar("FullHessian", factor, dtype)
         self.tags = as_tags(tags) | {lx.symmetric_tag}
 
     def in_structure(self):
@@ -94,10 +104,17 @@ class FullHessian(StructuredOperator):
         return self.in_structure()
 
     def mv(self, vector):
-        structure = self.in_structure()
-        parts = leaves_like("FullHessian.mv", structure, vector)
-        cast = [jnp.asarray(v, s.dtype) for v, s in zip(parts, jax.tree.leaves(structure), strict=True)]
-        return jax.tree.unflatten(self.structure[0], _product(self.product, self.factor, cast))
+        treedef, shapes = self.structure
+        leaves, given = jax.tree.flatten(vector)
+        if given != treedef or any(
+            jnp.shape(leaf) != shape or jnp.iscomplexobj(leaf) for leaf, (shape, _) in zip(leaves, shapes, strict=True)
+        ):
+            leaves_like("FullHessian.mv", self.in_structure(), vector)
+        cast = [
+            leaf if getattr(leaf, "dtype", None) == dtype else jnp.asarray(leaf, dtype)
+            for leaf, (_, dtype) in zip(leaves, shapes, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, _product(self.product, self.factor, cast))
 
     def as_matrix(self):
         check_operator_fits(self, instead="mv, diagonal(), trace() or block()")
@@ -204,7 +221,7 @@ class RestrictedHessian(StructuredOperator):
 
 
 @jax.jit
-def _product(product: Any, factor: Array, vectors: list[Array]) -> list[Array]:
+def _product(product: Any, factor: Array | np.ndarray, vectors: list[Array]) -> list[Array]:
     return [factor.astype(p.dtype) * p for p in product(vectors)]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 
 from jaxhess._typing import Array, Float, InputError
 
@@ -73,14 +74,14 @@ def _map_columns(operator: Any, reading: Callable[[Array, Array], Array], batch_
     if batch_size is None:
         batch_size = _CHUNK_BYTES // (structure.dtype.itemsize * max(operator.out_size(), size, 1))
     batch_size = max(1, min(batch_size, size))
-    arrays = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(operator))
+    arrays = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(operator))
     return (_compiled_readings if arrays else _readings)(operator, reading, batch_size)
 
 
 def _readings(operator: Any, reading: Callable[[Array, Array], Array], batch_size: int) -> Array:
     structure, size = operator.in_structure(), operator.in_size()
     if size == 0:
-        return jnp.zeros((0, 0), structure.dtype)
+        return jnp.zeros((0, operator.out_size()), structure.dtype)
 
     def column(i: Array) -> Array:
         unit = jnp.zeros(size, structure.dtype).at[i].set(1)

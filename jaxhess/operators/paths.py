@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxhess._typing import InputError, PyTree
 
-__all__ = ["Selection", "children_of", "find", "key_of", "leaves_like", "paths_of"]
+__all__ = ["Selection", "children_of", "find", "key_of", "leaves_like", "paths_of", "unwrapped"]
 
 IsLeaf = Callable[[Any], bool] | None
 
@@ -42,9 +42,14 @@ def find(paths: Sequence[str], path: Any) -> int:
 def leaves_like(what: str, structure: PyTree, vector: PyTree) -> list[Any]:
     """The leaves of a vector, which must be a tree like `structure` (a tree of shapes), in their shapes.
 
-    Raises `InputError` naming what is missing or has another shape.
+    Raises `InputError` naming what is missing, has another shape, or is complex.
     """
-    expected, given = jax.tree.structure(structure), jax.tree.structure(vector)
+    shapes, expected = jax.tree.flatten(structure)
+    leaves, given = jax.tree.flatten(vector)
+    if expected == given and all(
+        jnp.shape(leaf) == s.shape and not jnp.iscomplexobj(leaf) for leaf, s in zip(leaves, shapes, strict=True)
+    ):
+        return leaves
     paths = paths_of(structure)
     if expected != given:
         found = paths_of(vector)
@@ -54,10 +59,11 @@ def leaves_like(what: str, structure: PyTree, vector: PyTree) -> list[Any]:
             f"{what}: the vector's structure is not the parameters': missing {missing or 'nothing'}, "
             f"unexpected {unexpected or 'nothing'}, got {given}"
         )
-    leaves = jax.tree.leaves(vector)
-    for path, leaf, shape in zip(paths, leaves, jax.tree.leaves(structure), strict=True):
+    for path, leaf, shape in zip(paths, leaves, shapes, strict=True):
         if jnp.shape(leaf) != shape.shape:
             raise InputError(f"{what}: {path!r} needs shape {shape.shape}, got shape {jnp.shape(leaf)}")
+        if jnp.iscomplexobj(leaf):
+            raise InputError(f"{what}: {path!r} is complex; apply the product to the real and imaginary parts")
     return leaves
 
 
@@ -67,6 +73,13 @@ def children_of(node: Any, is_leaf: IsLeaf = None) -> dict[str, Any]:
         return {}
     pairs = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
     return {str(key_of(path[0])): child for path, child in pairs if path and child is not None}
+
+
+def unwrapped(node: Any, is_leaf: IsLeaf = None) -> Any:
+    """The leaf in a box of a framework, `nnx.Param` say: a node that is no container and has nothing but a `value`."""
+    children = children_of(node, is_leaf)
+    boxed = list(children) == ["value"] and not isinstance(node, dict | list | tuple)
+    return children["value"] if boxed and not children_of(children["value"], is_leaf) else node
 
 
 class Selection:
@@ -93,9 +106,13 @@ class Selection:
         name = str(key_of(key))
         if isinstance(self._node, tuple | list) and isinstance(key, int) and -len(self._node) <= key < 0:
             name = str(key + len(self._node))
+        if name == "value" and not self._taken and self._row is not None and self._row.endswith("/value"):
+            return self
         if name not in children:
             raise KeyError(f"no parameter {name!r} at {'/'.join(self._taken)!r}; there is {', '.join(children)}")
         node, taken = children[name], (*self._taken, name)
+        if unwrapped(node, self._is_leaf) is not node:
+            node, taken = unwrapped(node, self._is_leaf), (*taken, "value")
         if children_of(node, self._is_leaf):
             return Selection(self._choose, self._tree, self._is_leaf, self._row, taken, node)
         if self._row is None:

@@ -53,7 +53,7 @@ def check_parameters(params: PyTree) -> PyTree:
                 f"{name} has dtype {jnp.result_type(leaf)} and shape {list(jnp.shape(leaf))}; parameters must be real "
                 "floating-point arrays. Pass other arrays by a closure or as part of the batch."
             )
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(_as_array, params)
 
 
 def check_batch(fun: Error, batch: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ...], int]:
@@ -79,7 +79,11 @@ def check_batch(fun: Error, batch: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ..
             f"The batch is empty: {', '.join(lengths)} of {getattr(fun, '__name__', 'fun')} have 0 examples; "
             "the mean over no examples is undefined."
         )
-    return jax.tree.map(jnp.asarray, batch), examples
+    return jax.tree.map(_as_array, batch), examples
+
+
+def _as_array(leaf: Any) -> Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
 def widened(array: Array) -> Array:

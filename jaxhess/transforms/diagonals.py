@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxhess._typing import Array, PyTree
 from jaxhess.engine.custom import check_custom_derivatives
 from jaxhess.engine.diagonal import examples_at_once, hessian_diagonals
-from jaxhess.transforms.checks import Error, Shared, check_batch_size, hashable
+from jaxhess.transforms.checks import Error, Shared, check_batch_size, hashable, widened
 from jaxhess.transforms.traced import checked, summed_over_chunks, traced, wrapping
 
-__all__ = ["hessian_diagonal", "hessian_trace"]
+__all__ = ["hessian_diagonal", "hessian_trace", "wide_diagonal"]
 
 
 def hessian_diagonal(fun: Error, batch_size: int | None = None) -> Callable[..., PyTree]:
@@ -44,7 +44,8 @@ def hessian_diagonal(fun: Error, batch_size: int | None = None) -> Callable[...,
     @wrapping(fun)
     def transformed(params: PyTree, *batch: PyTree) -> PyTree:
         params, batch, examples = checked(fun, params, batch)
-        return _evaluate(fun, params, batch, examples, batch_size).tree
+        diagonal = wide_diagonal(fun, params, batch, examples, batch_size)
+        return jax.tree.map(lambda d, p: d.astype(p.dtype), diagonal, params)
 
     return transformed
 
@@ -69,6 +70,11 @@ def hessian_trace(fun: Error, batch_size: int | None = None) -> Callable[..., Ar
     return transformed
 
 
+def wide_diagonal(fun: Error, params: PyTree, batch: tuple[PyTree, ...], examples: int, batch_size: int | None) -> PyTree:
+    """The diagonal for checked arguments, in float32 or wider."""
+    return _evaluate(fun, params, batch, examples, batch_size).tree
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _evaluate(fun: Error, params: PyTree, batch: tuple[PyTree, ...], examples: int, batch_size: int | None) -> Shared:
     with jax.default_matmul_precision("highest"):
@@ -81,11 +87,10 @@ def _evaluate(fun: Error, params: PyTree, batch: tuple[PyTree, ...], examples: i
             return [count * diagonal for diagonal in diagonals]
 
         totals = summed_over_chunks(of_chunk, given.arrays, examples, size)
-        return Shared(given.restored([total / examples for total in totals]))
+        return Shared(jax.tree.unflatten(given.structure, [widened(total / examples) for total in totals]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _evaluate_trace(fun: Error, params: PyTree, batch: tuple[PyTree, ...], examples: int, batch_size: int | None) -> Array:
     diagonal = jax.tree.leaves(_evaluate(fun, params, batch, examples, batch_size).tree)
-    wide = [jnp.sum(d.astype(jnp.promote_types(d.dtype, jnp.float32))) for d in diagonal]
-    return functools.reduce(jnp.add, wide)
+    return functools.reduce(jnp.add, map(jnp.sum, diagonal))

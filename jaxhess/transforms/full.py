@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhess._typing import Array, PyTree
 from jaxhess.engine.assemble import block, structured_gradients
@@ -17,7 +18,7 @@ from jaxhess.operators.assembly import put_symmetric
 from jaxhess.operators.base import CurvatureOperator, StructuredOperator
 from jaxhess.operators.full import FullHessian, Readings
 from jaxhess.transforms.checks import Error, Shared, widened
-from jaxhess.transforms.diagonals import hessian_diagonal
+from jaxhess.transforms.diagonals import wide_diagonal
 from jaxhess.transforms.products import linearise
 from jaxhess.transforms.traced import Traced, traced
 
@@ -31,9 +32,10 @@ def full_hessian(
 ) -> tuple[Array, PyTree, FullHessian]:
     """The mean error, its gradient and its whole Hessian, for checked arguments."""
     linearised = linearise(fun, params, batch, examples)
-    structure = jax.eval_shape(lambda p: jax.tree.map(widened, p), params)
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
     readings = _OfFunction(fun, examples, batch_size)
-    hessian = FullHessian(linearised.linear, (params, batch), structure, readings)
+    hessian = FullHessian(linearised.linear, (params, batch), jax.tree.unflatten(treedef, shapes), readings)
     return linearised.value, linearised.gradient, hessian
 
 
@@ -45,12 +47,12 @@ class _OfFunction(Readings):
     examples: int
     batch_size: int | None
 
-    def matrix(self, point: Any, product: Any, factor: Array) -> Array:
+    def matrix(self, point: Any, product: Any, factor: Array | np.ndarray) -> Array:
         return _matrix(self.fun, *point, self.examples, self.batch_size, product, factor)
 
     def diagonal(self, point: Any) -> PyTree:
         params, batch = point
-        return hessian_diagonal(self.fun, self.batch_size)(jax.tree.map(widened, params), *batch)
+        return wide_diagonal(self.fun, params, batch, self.examples, self.batch_size)
 
     def block(self, point: Any, row: int, column: int) -> StructuredOperator | None:
         return _block(self.fun, *point, self.examples, self.batch_size, row, column).tree
@@ -89,11 +91,11 @@ def _matrix(
     examples: int,
     batch_size: int | None,
     product: Any,
-    factor: Array,
+    factor: Array | np.ndarray,
 ) -> Array:
     with jax.default_matmul_precision("highest"):
         given = traced(fun, params, batch)
-        plan, values = given.plan, given.values
+        plan, values = given.plan, [widened(value) for value in given.values]
         plain = sorted(plain_parameters(plan))
         starts = [sum(value.size for value in values[:n]) for n in range(len(values) + 1)]
         matrix = jnp.zeros((starts[-1], starts[-1]), jnp.result_type(*values))
@@ -107,7 +109,7 @@ def _matrix(
                     cross = cross_block(plan, result, given.environment, own, row, column).scaled(factor)
                     matrix = put_symmetric(matrix, cross, starts[row], starts[column])
         for n in sorted(set(range(len(values))) - set(plain)):
-            rows = _rows(product, values, n).astype(matrix.dtype) * factor.astype(matrix.dtype)
+            rows = _rows(product, values, n).astype(matrix.dtype) * jnp.asarray(factor, matrix.dtype)
             matrix = jax.lax.dynamic_update_slice(matrix, rows, (starts[n], 0))
             matrix = jax.lax.dynamic_update_slice(matrix, rows.T, (0, starts[n]))
         return matrix
@@ -127,6 +129,8 @@ def _diagonal_block(given: Traced, result: BatchResult, number: int) -> Curvatur
 def _rows(product: Any, values: Sequence[Array], n: int) -> Array:
     """The rows of the matrix that belong to one parameter, by products with unit vectors."""
     size, total = values[n].size, sum(value.size for value in values)
+    if size == 0:
+        return jnp.zeros((0, total), values[n].dtype)
 
     def row(i: Array) -> Array:
         unit = jnp.zeros(size, values[n].dtype).at[i].set(1).reshape(values[n].shape)

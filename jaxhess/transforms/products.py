@@ -12,7 +12,7 @@ from jaxhess.engine.custom import check_custom_derivatives
 from jaxhess.engine.failure import naming_the_culprit
 from jaxhess.engine.products import hessian_product, linearised_gradient
 from jaxhess.operators.paths import leaves_like
-from jaxhess.transforms.checks import Error, check_batch_size, hashable
+from jaxhess.transforms.checks import Error, check_batch_size, hashable, widened
 from jaxhess.transforms.traced import checked, summed_over_chunks, traced, wrapping
 
 __all__ = ["Linearised", "hvp", "linearise", "linearized_hvp"]
@@ -109,13 +109,13 @@ class _Apply(NamedTuple):
     def __call__(self, linear: Any, vector: PyTree) -> PyTree:
         structure = jax.tree.unflatten(self.treedef, [jax.ShapeDtypeStruct(*shape) for shape in self.shapes])
         vectors = [jnp.asarray(v) for v in leaves_like("linearized_hvp", structure, vector)]
-        return jax.tree.unflatten(self.treedef, _apply(linear, vectors))
+        return jax.tree.unflatten(self.treedef, _apply(linear, vectors, tuple(dtype for _, dtype in self.shapes)))
 
 
-@jax.jit
-def _apply(linear: Any, vectors: list[Array]) -> list[Array]:
-    products = linear([v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in vectors])
-    return [p.astype(v.dtype) for p, v in zip(products, vectors, strict=True)]
+@functools.partial(jax.jit, static_argnums=2)
+def _apply(linear: Any, vectors: list[Array], dtypes: tuple[Any, ...]) -> list[Array]:
+    products = linear([widened(v.astype(dtype)) for v, dtype in zip(vectors, dtypes, strict=True)])
+    return [p.astype(dtype) for p, dtype in zip(products, dtypes, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._typing import Array, Shaped
-from jaxhess.engine.kinds import Dense, Diagonal, Factored, Kind, as_dense, middle_times, transpose
+from jaxhess.engine.kinds import Dense, Diagonal, Factored, Kind, as_dense, dtype_of, middle_times, quadratic, transpose
 
 __all__ = ["Pairs", "Rule"]
 
@@ -25,10 +25,6 @@ Pairs = dict[tuple[int, int], Kind]
 
 def _flat(rows: Shaped[Array, "k *a"]) -> Shaped[Array, "k size"]:
     return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
-
-
-def _dtype(kind: Diagonal | Dense) -> Any:
-    return (kind.values if isinstance(kind, Diagonal) else kind.matrix).dtype
 
 
 class Rule:
@@ -96,11 +92,9 @@ class Rule:
         """`J_a^T C[u, u] J_b` for the pairs a <= b of live inputs that `keep` asks for."""
         if isinstance(kind, Factored) and kind.values is None:
             return self._between_factored(kind, u, keep)
-        if isinstance(kind, Factored):
-            kind = Dense(as_dense(kind))
         if len(self.inputs) == 1 and self.results[self.outputs.index(u)].size < self.values[0].size:
             (a,) = self.inputs
-            return {(a, a): Factored(self.jacobians(u, _dtype(kind))[a], kind)} if keep(a, a) else {}
+            return {(a, a): Factored(self.jacobians(u, dtype_of(kind))[a], kind)} if keep(a, a) else {}
         halves = self.through(kind, u)
         pairs: Pairs = {}
         for a, half in halves.items():
@@ -125,12 +119,12 @@ class Rule:
         """The diagonal of `J_a^T C[u, u] J_a` for the wanted inputs."""
         if isinstance(kind, Factored):
             pulled = self.pull_matrix(u, kind.scaled_rows)
-            totals = {a: jnp.sum(pulled[a] * middle_times(kind.middle, pulled[a]), axis=0) for a in wanted}
+            totals = {a: quadratic(kind.middle, pulled[a]) for a in wanted}
             if kind.values is not None:
                 jacobians = self.jacobians(u, kind.values.dtype)
                 totals = {a: total + kind.values @ jacobians[a] ** 2 for a, total in totals.items()}
             return {a: Diagonal(total) for a, total in totals.items()}
-        jacobians = self.jacobians(u, _dtype(kind))
+        jacobians = self.jacobians(u, dtype_of(kind))
         if isinstance(kind, Diagonal):
             return {a: Diagonal(kind.values @ jacobians[a] ** 2) for a in wanted}
         halves = self.pull_matrix(u, kind.matrix)

@@ -11,8 +11,9 @@ from jaxhess.engine.rules.base import Pairs, Rule
 __all__ = ["INDEXING", "LINEAR", "IndexingRule"]
 
 INDEXING = {
-    "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice", "dynamic_update_slice", "expand_dims", "gather",
-    "optimization_barrier", "pad", "reshape", "rev", "sharding_constraint", "slice", "split", "squeeze", "transpose",
+    "broadcast_in_dim", "concatenate", "copy", "copy_p", "device_put", "dynamic_slice", "dynamic_update_slice",
+    "expand_dims", "gather", "optimization_barrier", "pad", "reshape", "rev", "scatter", "sharding_constraint", "slice",
+    "split", "squeeze", "stack", "tile", "transpose", "unstack",
 }  # fmt: skip
 
 LINEAR = INDEXING | {
