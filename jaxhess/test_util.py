@@ -19,8 +19,8 @@ _PRODUCTS = 4
 
 @dataclasses.dataclass(frozen=True)
 class BlockCheck:
-    """One parameter: `error` is the largest deviation from autodiff divided by the largest entry of autodiff's array (or
-    absolute, where that is zero); `compared` says what was held against each other."""
+    """One parameter: `error` is the largest deviation from autodiff divided by the largest entry of autodiff's array (where
+    that is zero but for rounding, of all parameters' arrays); `compared` says what was held against each other."""
 
     path: str
     shape: tuple[int, ...]
@@ -88,21 +88,24 @@ def check_hessian(
     """
     _, _, hessian = value_grad_and_hessian(fun, batch_size=batch_size)(params, *batch)
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
-    checks = []
+    pairs = []
     for n, ((path, block), leaf) in enumerate(zip(hessian.items(), leaves, strict=True)):
 
         def of_leaf(value: Array, n: int = n) -> Array:
             return _mean_error(fun, jax.tree.unflatten(structure, [*leaves[:n], value, *leaves[n + 1 :]]), batch)
 
         if leaf.size <= largest_dense:
-            expected = jax.hessian(of_leaf)(leaf).reshape(leaf.size, leaf.size)
+            expected = jax.jit(jax.hessian(of_leaf))(leaf).reshape(leaf.size, leaf.size)
             found, compared = block.as_matrix(), "dense block"
         else:
             vectors = jax.random.normal(jax.random.key(n), (_PRODUCTS, *leaf.shape), leaf.dtype)
             gradient = jax.grad(of_leaf)
-            expected = jax.lax.map(lambda v, leaf=leaf, gradient=gradient: jax.jvp(gradient, (leaf,), (v,))[1], vectors)
+            product = jax.jit(lambda v, leaf=leaf, gradient=gradient: jax.jvp(gradient, (leaf,), (v,))[1])
+            expected = jax.lax.map(product, vectors)
             found, compared = jax.vmap(block.mv)(vectors), f"{_PRODUCTS} products"
-        checks.append(_compare(path, leaf, type(block).__name__, compared, found, expected, tolerance))
+        pairs.append((path, leaf, type(block).__name__, compared, found, expected))
+    largest = max((_largest(expected) for *_, expected in pairs), default=0.0)
+    checks = [_compare(*pair, tolerance=tolerance, largest=largest) for pair in pairs]
     return _finish(f"Hessian of {_name(fun)} against jax.hessian", checks)
 
 
@@ -148,16 +151,29 @@ def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
+def _largest(array: Array) -> float:
+    return float(jnp.max(jnp.where(jnp.isnan(array), 0, jnp.abs(array)), initial=0))
+
+
 def _compare(
-    path: str, leaf: Array, kind: str, compared: str, found: Array, expected: Array, tolerance: float | None
+    path: str,
+    leaf: Array,
+    kind: str,
+    compared: str,
+    found: Array,
+    expected: Array,
+    tolerance: float | None,
+    largest: float = 0.0,
 ) -> BlockCheck:
+    """`largest` is the largest entry of all parameters' arrays: some roundings of it are no deviation of a block that is
+    zero but for them."""
     expected = expected.astype(found.dtype)
     both_nan = jnp.isnan(found) & jnp.isnan(expected)
     difference = jnp.max(jnp.where(both_nan, 0, jnp.abs(found - expected)), initial=0)
-    scale = jnp.max(jnp.where(jnp.isnan(expected), 0, jnp.abs(expected)), initial=0)
-    error = float(difference / jnp.where(scale == 0, 1, scale))
     limit = _TOLERANCE.get(leaf.dtype.itemsize, 0.2) if tolerance is None else tolerance
-    return BlockCheck(path, leaf.shape, kind, compared, error, limit)
+    roundings = 10 * float(jnp.finfo(expected.dtype).eps) * largest
+    scale = max(_largest(expected), roundings / limit if limit else 0.0) or 1.0
+    return BlockCheck(path, leaf.shape, kind, compared, float(difference) / scale, limit)
 
 
 def _finish(title: str, checks: list[BlockCheck]) -> Report:

@@ -50,3 +50,24 @@ def test_sequential_digits(tmp_path, capsys):
     for stage in stages:
         np.testing.assert_allclose(stage["pairs"].sum(), stage["spectra"]["recurrent/weight"].sum(), rtol=1e-9)
         np.testing.assert_allclose(stage["pairs"], stage["pairs"].T, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_any_model(tmp_path, capsys):
+    picture = tmp_path / "any_model.png"
+    studies, whole = load("any_model").main(["--picture", str(picture), "--steps", "150"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Gauss-Newton leaves out" in capsys.readouterr().out
+    for study in studies:
+        assert min(study["accuracies"]) > 0.5
+        for parameter in study["parameters"].values():
+            assert parameter["difference"] < 1e-10
+            scale = np.abs(parameter["matrix"]).max()
+            np.testing.assert_allclose(parameter["diagonal"], np.diagonal(parameter["matrix"]), atol=1e-10 * scale)
+    H, G = whole["hessian"], whole["gauss_newton"]
+    assert whole["difference"] < 1e-10
+    # The last layer is linear in its own parameters, so its blocks are those of Gauss-Newton; others are not.
+    last = whole["sizes"]["head/weight"] + whole["sizes"]["head/bias"]
+    np.testing.assert_allclose(H[-last:, -last:], G[-last:, -last:], atol=1e-10 * np.abs(H).max())
+    assert not np.allclose(H[:-last, :-last], G[:-last, :-last], atol=1e-4 * np.abs(H).max())
+    assert whole["eigenvalues"]["gauss_newton"].min() > -1e-10 * np.abs(G).max()

@@ -21,7 +21,8 @@ FLOORS = [
     ],
     ["layers._common", "layers.dense", "layers.recurrent", "layers", "taps", "bounds"],
     [
-        "engine.kinds", "engine.through_time", "engine.graph", "engine.loops", "engine.trace", "engine.views",
+        "engine.kinds", "engine.through_time", "engine.graph", "engine.loops", "engine.accurate", "engine.trace",
+        "engine.views",
         "engine.rules.base", "engine.rules.linear", "engine.rules.elementwise", "engine.rules.local", "engine.rules",
         "engine.reach", "engine.convolution", "engine.lookup", "engine.contractions", "engine.partition", "engine.plan",
         "engine.custom", "engine.sweep", "engine.failure", "engine.implicit", "engine.products", "engine.batch",

@@ -6,6 +6,7 @@ import itertools
 import chex
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -141,6 +142,11 @@ def test_the_users_own_check_passes_and_fails():
     assert jaxhess.test_util.check_gradient(error, params, *batch).passed
     with pytest.raises(AssertionError, match=r"hidden/w .* FAILED"):
         jaxhess.test_util.check_hessian(error, params, *batch, tolerance=-1.0)
+
+    def shifted(p, x):
+        return jnp.sum(jax.nn.softmax(p["w"] * x + p["shift"]) ** 2)  # which no shift changes: rounding on both sides
+
+    assert jaxhess.test_util.check_hessian(shifted, {"w": normal(1, 5), "shift": jnp.array(0.3)}, normal(2, 8, 5)).passed
 
 
 def test_structure_follows_the_layout():
@@ -457,6 +463,32 @@ def test_large_parameters_of_other_operations_stay_implicit():
     vector = normal(2, 130, 64)
     expected = jax.jvp(jax.grad(mean_error(error, (x,))), (w,), (vector,))[1]
     assert_close(H.mv(vector), expected)
+
+
+@pytest.mark.parametrize("y", [-700.0, -40.0, -15.0, 0.0, 15.0, 40.0, 700.0])
+@pytest.mark.parametrize(("function", "sign"), [(jax.nn.softplus, 1), (jax.nn.log_sigmoid, -1), (jnp.logaddexp, 1)])
+def test_jaxs_own_softplus_where_it_saturates(function, sign, y):
+    def error(w, x):
+        return function(w * x, jnp.zeros(())) if function is jnp.logaddexp else function(w * x)
+
+    exact = mpmath.exp(-abs(y)) / (1 + mpmath.exp(-abs(y))) ** 2
+    found = jaxhess.hessian(error)(jnp.asarray(y), jnp.ones(1)).trace()
+    np.testing.assert_allclose(float(found), sign * float(exact), rtol=1e-12)
+    value, gradient, _ = jaxhess.value_grad_and_hessian(error)(jnp.asarray(y), jnp.ones(1))
+    np.testing.assert_allclose(value, error(jnp.asarray(y), 1.0), rtol=1e-13, atol=1e-300)
+    np.testing.assert_allclose(gradient, jax.grad(error)(jnp.asarray(y), 1.0), rtol=1e-12)
+
+
+def test_logaddexp_of_two_parameters_and_of_infinities():
+    def error(w, x):
+        return jnp.sum(jnp.logaddexp(w[0] * x, w[1] * x**2))
+
+    w, x = jnp.array([0.3, -0.4]), jnp.array([[1.0, -2.0, 3.0]])
+    mean = mean_error(error, (x,))
+    assert_close(jaxhess.hessian(error)(w, x).block(()).as_matrix(), jax.hessian(mean)(w))
+    for pair in ((jnp.inf, 1.0), (-jnp.inf, 1.0), (-jnp.inf, -jnp.inf), (jnp.inf, -jnp.inf), (1.0, jnp.inf)):
+        value, *_ = jaxhess.value_grad_and_hessian(lambda w, x: w * jnp.logaddexp(x[0], x[1]))(1.0, jnp.array([pair]))
+        assert value == jnp.logaddexp(*pair)
 
 
 def test_functions_without_a_hash():

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from jaxhess import activations
 from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.engine.accurate import accurate_form
 from jaxhess.engine.graph import Graph, Loop, Operation, leading_to, run_loop
 from jaxhess.engine.loops import static_length
 
@@ -26,7 +26,6 @@ _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "rem
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _OWN_LAYERS = "jaxhess_"
 _BROADCASTING = {"add", "atan2", "div", "max", "min", "mul", "pow", "sub"}
-_ACCURATE = {"tanh": activations.tanh, "logistic": activations.sigmoid}
 
 
 def body_of(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -203,7 +202,6 @@ def _operation(
     equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int], callers: tuple[JaxprEqn, ...]
 ) -> Operation:
     primitive, name = equation.primitive, equation.primitive.name
-    aval: Any = equation.invars[0].aval if equation.invars else None
 
     def apply(*values: Array) -> Sequence[Array]:
         bound = primitive.get_bind_params(equation.params)
@@ -214,10 +212,10 @@ def _operation(
 
     if name == "dot_general" and _fully_contracted(equation):
         return Operation(name, tuple(inputs), tuple(outputs), _swapped(equation), equation.params, equation, callers)
-    if name in _ACCURATE and jnp.issubdtype(aval.dtype, jnp.floating):
-        accurate = _ACCURATE[name]
-        return Operation(name, tuple(inputs), tuple(outputs), lambda y: [accurate(y)], {}, equation, callers)
-    return Operation(name, tuple(inputs), tuple(outputs), apply, equation.params, equation, callers)
+    accurate = accurate_form(equation)
+    if accurate is not None and body_of(equation) is None:
+        return Operation(name, tuple(inputs), tuple(outputs), accurate, {}, equation, callers)
+    return Operation(name, tuple(inputs), tuple(outputs), accurate or apply, equation.params, equation, callers)
 
 
 def _fully_contracted(equation: JaxprEqn) -> bool:
