@@ -1,4 +1,4 @@
-"""Products at full precision, symmetrisation, and the memory guard of dense forms."""
+"""Products at full precision, symmetrisation, widening, and the memory guard of dense forms."""
 
 import os
 
@@ -29,6 +29,12 @@ def add_diagonal(a: Shaped[Array, "*batch m m"], d: Shaped[Array, "*batch m"]) -
     """`a + diag(d)` as a select, which fuses into whatever computes `a` (a scatter would not)."""
     m = d.shape[-1]
     return a + jnp.where(jnp.eye(m, dtype=bool), d[..., None, :], jnp.zeros((), d.dtype))
+
+
+def widened(array: Array) -> Array:
+    """The array in float32, if it is a narrower floating one."""
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits < 32
+    return array.astype(jnp.float32) if narrow else array
 
 
 def available_bytes() -> int:

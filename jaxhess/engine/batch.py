@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhess._linalg import widened
 from jaxhess._typing import Array
 from jaxhess.engine import kinds
 from jaxhess.engine.failure import naming_the_culprit
@@ -122,10 +123,6 @@ def _sweep_batch(
     return BatchResult(examples=examples, **jax.tree.map(lambda a: a / examples, summed), **kept)
 
 
-def _wide(array: Array) -> Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
 def _one_example(
     plan: Plan,
     shared: dict[int, Array],
@@ -156,15 +153,15 @@ def _one_example(
     }
     for j, g in result.gradients.items():
         if j in structured:
-            kept["outputs"][j] = _wide(g + poison)
-            kept["inputs"][j] = _wide(environment[plan.leaves[j].input])
+            kept["outputs"][j] = widened(g + poison)
+            kept["inputs"][j] = widened(environment[plan.leaves[j].input])
         else:
             summed["gradients"][j] = g + poison
     for pair, kind in result.sensitivities.items():
         kept["sensitivities"][pair] = kind.values if isinstance(kind, Diagonal) else kinds.as_dense(kind)
     for (j, k), kind in result.curvatures.items():
         if j == k and j in structured & diagonal:
-            kept["diagonals"][j] = _wide(kinds.diagonal_of(kind).values + poison)
+            kept["diagonals"][j] = widened(kinds.diagonal_of(kind).values + poison)
         elif structured.intersection((j, k)):
             kept["curvatures"][j, k] = kinds.as_dense(kind) + poison
         elif isinstance(kind, Diagonal):

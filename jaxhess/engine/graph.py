@@ -16,12 +16,23 @@ from jax.extend.core import JaxprEqn
 from jaxhess._typing import Array
 from jaxhess.engine.through_time import plain, through_time
 
-__all__ = ["Graph", "Loop", "Operation", "Probe", "evaluate", "everything", "leading_to", "nested", "renumbered"]
+__all__ = [
+    "LINEARISES_WITHIN_TRACES",
+    "Graph",
+    "Loop",
+    "Operation",
+    "Probe",
+    "evaluate",
+    "everything",
+    "leading_to",
+    "nested",
+    "renumbered",
+]
 
 _LIBRARY_FOLDERS = (os.path.dirname(jax.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 # Up to JAX 0.9 a linearised function holds on to values of the trace that it was made in, wherever an output has no tangent.
-_LINEARISES_WITHIN_TRACES = jax.__version_info__ >= (0, 10, 2)
+LINEARISES_WITHIN_TRACES = jax.__version_info__ >= (0, 10, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,4 +215,4 @@ def _in_both_modes(loop: Loop, values: Sequence[Array]) -> bool:
     names = {operation.name for operation in everything(loop.operations)}
     real = not any(jnp.issubdtype(value.dtype, jnp.complexfloating) for value in values)
     own_rules_only = any(name.startswith("custom_vjp") for name in names)
-    return _LINEARISES_WITHIN_TRACES and loop.length > 0 and real and not own_rules_only
+    return LINEARISES_WITHIN_TRACES and loop.length > 0 and real and not own_rules_only

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhess._linalg import widened
 from jaxhess._typing import Array
 from jaxhess.engine.failure import naming_the_culprit
 from jaxhess.engine.graph import Probe, evaluate
@@ -70,7 +71,7 @@ def differentiate(
 
         errors, read, values = jax.vmap(one, in_axes=(0, 0), axis_size=examples)(list(batch), probes)
         known = jax.lax.stop_gradient(jnp.where(jnp.isnan(errors), jnp.nan, 1).astype(errors.dtype))
-        read = {n: _wide(z) for n, z in read.items()}
+        read = {n: widened(z) for n, z in read.items()}
         return jnp.sum(known * errors) + sum(jnp.vdot(pulls[n], read[n]) for n in sensitive), (read, values)
 
     def first_order(parts: Parts):
@@ -91,7 +92,7 @@ def differentiate(
             if not leaf.structured
         },
         "pulls": {
-            n: _wide(jnp.zeros((examples, *leaf.places, *avals[leaf.input].shape), avals[leaf.input].dtype))
+            n: widened(jnp.zeros((examples, *leaf.places, *avals[leaf.input].shape), avals[leaf.input].dtype))
             for n, leaf in structured.items()
             if leaf.sensitive
         },
@@ -102,9 +103,5 @@ def differentiate(
         else:
             (first, (kept, values)), linear = first_order(zeros), None
     shapes = tuple((kind, n, a.shape, a.dtype) for kind, part in zeros.items() for n, a in part.items())
-    outputs = {n: _wide(g) for n, g in first["probes"].items()}
+    outputs = {n: widened(g) for n, g in first["probes"].items()}
     return Implicit(outputs, {**kept, **first["pulls"]}, first["shifts"], values, linear, shapes)
-
-
-def _wide(array: Array) -> Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhess._linalg import symmetrise
+from jaxhess._linalg import symmetrise, widened
 from jaxhess._typing import Array, InputError
 from jaxhess.engine import kinds
 from jaxhess.engine.graph import Operation, Probe, evaluate, leading_to
@@ -96,8 +96,8 @@ def output_jacobian(
     shifts = {n: jnp.zeros(aval.shape, aval.dtype) for n, aval in others.items()}
     flat, pull, (read, values) = jax.vjp(outputs, probes, shifts, has_aux=True)
     of_probes, of_shifts = jax.vmap(pull)(jnp.eye(flat.size, dtype=flat.dtype))
-    rows = {n: _wide(V) for n, V in (of_probes | of_shifts).items()}
-    inputs = {n: _wide(z) for n, z in read.items()}
+    rows = {n: widened(V) for n, V in (of_probes | of_shifts).items()}
+    inputs = {n: widened(z) for n, z in read.items()}
     if head is None:
         poison = jnp.where(jnp.isnan(flat), jnp.nan, 0).sum()
         return Jacobian({n: V + poison.astype(V.dtype) for n, V in rows.items()}, inputs, None)
@@ -113,21 +113,21 @@ def output_curvature(plan: Plan, head: Head, environment: dict[int, Array], copi
     graph, seed = dataclasses.replace(plan.graph, names=names), {plan.graph.output: jnp.ones((), error.dtype)}
     swept = sweep(graph, head.steps, head.leaves, environment, seed, {}, lambda j, k: True, copies=copies).curvatures
     sizes = [plan.graph.avals[o].size for o in plan.outputs]
-    poison = _wide(jnp.where(jnp.isnan(error), jnp.nan, 0).astype(error.dtype))
+    poison = widened(jnp.where(jnp.isnan(error), jnp.nan, 0).astype(error.dtype))
     if all(j == k and isinstance(kind, kinds.Diagonal) for (j, k), kind in swept.items()):
         diagonals = {j: kind.values for (j, _), kind in swept.items() if isinstance(kind, kinds.Diagonal)}
         parts = [diagonals.get(n, jnp.zeros(size, poison.dtype)) for n, size in enumerate(sizes)]
-        return _wide(jnp.concatenate(parts)) + poison
+        return widened(jnp.concatenate(parts)) + poison
     blocks = {pair: kinds.as_dense(kind) for pair, kind in swept.items()}
     blocks |= {(k, j): block.T for (j, k), block in blocks.items() if j != k}
     places = range(len(sizes))
     rows = [[blocks.get((j, k), jnp.zeros((sizes[j], sizes[k]), poison.dtype)) for k in places] for j in places]
-    return symmetrise(_wide(jnp.block(rows))) + poison
+    return symmetrise(widened(jnp.block(rows))) + poison
 
 
 def flat_outputs(values: dict[int, Array]) -> Array:
     """All outputs of one example in one vector (M,)."""
-    return jnp.concatenate([_wide(value).reshape(-1) for value in values.values()])
+    return jnp.concatenate([widened(value).reshape(-1) for value in values.values()])
 
 
 def chunked(
@@ -163,7 +163,3 @@ def chunked(
 
 def _data(plan: Plan) -> list[int]:
     return plan.graph.inputs[len(plan.parameters) :]
-
-
-def _wide(array: Array) -> Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

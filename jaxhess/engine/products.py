@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._typing import Array
-from jaxhess.engine.graph import evaluate
+from jaxhess.engine.graph import LINEARISES_WITHIN_TRACES, evaluate
 from jaxhess.engine.plan import Plan
 
 __all__ = ["hessian_product", "linearised_gradient", "summed_error"]
@@ -57,6 +57,8 @@ def linearised_gradient(
 
     def gradient(wide: Arrays) -> tuple[Arrays, Array]:
         value, grads = jax.value_and_grad(mean)(wide)
+        if not LINEARISES_WITHIN_TRACES:  # every output is to have a tangent, if only zero
+            grads = [g + 0 * jnp.where(jnp.isfinite(w), w, 0) for g, w in zip(grads, wide, strict=True)]
         return grads, value
 
     grads, linear, value = jax.linearize(gradient, wide, has_aux=True)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhess._linalg import widened
 from jaxhess._typing import Array, InputError, PyTree
 
 __all__ = ["Error", "Shared", "check_batch", "check_batch_size", "check_option", "check_parameters", "hashable", "widened"]
@@ -84,12 +85,6 @@ def check_batch(fun: Error, batch: tuple[PyTree, ...]) -> tuple[tuple[PyTree, ..
 
 def _as_array(leaf: Any) -> Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def widened(array: Array) -> Array:
-    """The array in float32, if it is a narrower floating one."""
-    narrow = jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits < 32
-    return array.astype(jnp.float32) if narrow else array
 
 
 @jax.tree_util.register_pytree_node_class
