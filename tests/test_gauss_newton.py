@@ -474,7 +474,7 @@ def test_indexing_follows_the_rows_first():
     assert_close(cross.as_matrix(), G.block(("hidden", "w"), ("out", "b")).as_matrix())
     assert isinstance(G["hidden"]["w"]["hidden"]["w"], GaussNewtonBlock)
     assert isinstance(G.block("out/b"), GaussNewtonBlock)
-    assert "rows 'hidden/w', columns 'out'" in repr(G["hidden"]["w"]["out"])
+    assert "rows 'hidden/w', columns at 'out'" in repr(G["hidden"]["w"]["out"])
     with pytest.raises(KeyError, match="out/w"):
         G["hidden"]["w"]["nowhere"]
     with pytest.raises(KeyError, match=r"'nowhere'.*'hidden/b'"):
@@ -758,7 +758,7 @@ def test_bad_vectors_and_options_are_refused():
     with pytest.raises(ValueError, match="scalar"):
         jaxhess.fisher(lambda w, x: w @ x)(jnp.ones((2, 3)), jnp.ones((4, 3)))
     G = jaxhess.gauss_newton(model, loss, blocks="full")(params, *batch)
-    with pytest.raises(ValueError, match=r"GaussNewton.mv: the parameters are hidden/b, hidden/w.*vector has b, w"):
+    with pytest.raises(ValueError, match=r"GaussNewton.mv: .*missing .*hidden/b.*unexpected .*b.*w"):
         G.mv(params["out"])
     with pytest.raises(ValueError, match=r"'hidden/b' needs shape \(6,\)"):
         G.mv(jax.tree.map(lambda p: p[:1], params))
