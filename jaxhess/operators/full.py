@@ -68,7 +68,8 @@ class _Structure(NamedTuple):
 class FullHessian(StructuredOperator):
     """The symmetric operator on a tree of parameters; `jaxhess.hessian(fun, blocks="full")` makes it.
 
-    `product` maps a tree like `structure` to another, `point` is what `readings` read from, `factor` multiplies all of it.
+    `product` maps a tree like `structure` to another, `point` is what `readings` read from, `factor` multiplies all of it,
+    None for 1.
     `H["layer"]["w"]["out"]["b"]`, or `H.block("layer/w", "out/b")`, is the block from out/b to layer/w: the keys lead to the
     parameter of the rows first, then to that of the columns. `H.block("layer/w")` is a diagonal block.
 
@@ -83,7 +84,7 @@ class FullHessian(StructuredOperator):
 
     product: Any
     point: Any
-    factor: Array | np.ndarray
+    factor: Array | None
     structure: Any = dataclasses.field(metadata={"static": True})
     readings: Readings = dataclasses.field(metadata={"static": True})
 
@@ -93,7 +94,7 @@ class FullHessian(StructuredOperator):
             structure = _Structure(treedef, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves))
         self.product, self.point, self.readings, self.structure = product, point, readings, structure
         dtype = jnp.result_type(*(dtype for _, dtype in structure.leaves))
-        self.factor = np.ones((), dtype) if factor is None else as_scalar("FullHessian", factor, dtype)
+        self.factor = None if factor is None else as_scalar("FullHessian", factor, dtype)
         self.tags = as_tags(tags) | {lx.symmetric_tag}
 
     def in_structure(self):
@@ -118,13 +119,13 @@ class FullHessian(StructuredOperator):
 
     def as_matrix(self):
         check_operator_fits(self, instead="mv, diagonal(), trace() or block()")
-        return self.readings.matrix(self.point, self.product, self.factor)
+        return self.readings.matrix(self.point, self.product, self._scale)
 
     def transpose(self):
         return self
 
     def diagonal(self):
-        return jax.tree.map(lambda d: self.factor.astype(d.dtype) * d, self.readings.diagonal(self.point))
+        return jax.tree.map(lambda d: self._scale.astype(d.dtype) * d, self.readings.diagonal(self.point))
 
     def trace(self):
         return sum_of(jnp.sum(d) for d in jax.tree.leaves(self.diagonal()))
@@ -133,7 +134,7 @@ class FullHessian(StructuredOperator):
         return _frobenius_norm(self)
 
     def scaled(self, factor):
-        scaled = self.factor * as_scalar("FullHessian", factor, self.factor.dtype)
+        scaled = self._scale * as_scalar("FullHessian", factor, self._scale.dtype)
         return dataclasses.replace(self, factor=scaled, tags=scaled_tags(self.tags, factor))
 
     def eigvalsh(self) -> Array:
@@ -154,10 +155,16 @@ class FullHessian(StructuredOperator):
         i = find(paths, row)
         j = i if column is None else find(paths, column)
         block = self.readings.block(self.point, i, j)
-        return RestrictedHessian(self, i, j) if block is None else block.scaled(self.factor)
+        return RestrictedHessian(self, i, j) if block is None else block.scaled(self._scale)
 
     def __getitem__(self, key: Any) -> Any:
         return Selection(self.block, self.in_structure())[key]
+
+    @property
+    def _scale(self) -> Array | np.ndarray:
+        """The factor, 1 where there is none."""
+        _, leaves = self.structure
+        return np.ones((), jnp.result_type(*(dtype for _, dtype in leaves))) if self.factor is None else self.factor
 
     def _plus(self, other):
         return None
@@ -221,8 +228,9 @@ class RestrictedHessian(StructuredOperator):
 
 
 @jax.jit
-def _product(product: Any, factor: Array | np.ndarray, vectors: list[Array]) -> list[Array]:
-    return [factor.astype(p.dtype) * p for p in product(vectors)]
+def _product(product: Any, factor: Array | None, vectors: list[Array]) -> list[Array]:
+    products = product(vectors)
+    return products if factor is None else [factor.astype(p.dtype) * p for p in products]
 
 
 @jax.jit
@@ -234,7 +242,7 @@ def _restricted_product(block: RestrictedHessian, vector: Array) -> Array:
 
     # The derivative of a linear map is the map itself, less what the parts that stay zero would cost.
     result = jax.jvp(restricted, (jnp.zeros_like(vector),), (vector,))[1]
-    return block.whole.factor.astype(result.dtype) * result
+    return block.whole._scale.astype(result.dtype) * result
 
 
 @jax.jit
