@@ -145,7 +145,7 @@ class FullHessian(StructuredOperator):
         """How many eigenvalues are above `tolerance`, below `-tolerance`, and between; see `CurvatureOperator.inertia`."""
         return count_signs(self.eigvalsh(), self.in_size(), tolerance)
 
-    def block(self, row: Any, column: Any = None) -> Any:
+    def block(self, row: Any = (), column: Any = None) -> Any:
         """The block from the parameter at `column` to that at `row`: paths such as `"layer/w"`, tuples of keys, or JAX key
         paths. Without `column`, the diagonal block at `row`.
 
