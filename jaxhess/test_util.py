@@ -171,7 +171,7 @@ def _compare(
     both_nan = jnp.isnan(found) & jnp.isnan(expected)
     difference = jnp.max(jnp.where(both_nan, 0, jnp.abs(found - expected)), initial=0)
     limit = _TOLERANCE.get(leaf.dtype.itemsize, 0.2) if tolerance is None else tolerance
-    roundings = 10 * float(jnp.finfo(expected.dtype).eps) * largest
+    roundings = 100 * float(jnp.finfo(expected.dtype).eps) * largest
     scale = max(_largest(expected), roundings / limit if limit else 0.0) or 1.0
     return BlockCheck(path, leaf.shape, kind, compared, float(difference) / scale, limit)
 

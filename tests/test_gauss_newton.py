@@ -475,7 +475,7 @@ def test_indexing_follows_the_rows_first():
     assert isinstance(G["hidden"]["w"]["hidden"]["w"], GaussNewtonBlock)
     assert isinstance(G.block("out/b"), GaussNewtonBlock)
     assert "rows 'hidden/w', columns at 'out'" in repr(G["hidden"]["w"]["out"])
-    with pytest.raises(KeyError, match="nowhere.*hidden, out"):
+    with pytest.raises(KeyError, match=r"nowhere.*hidden, out"):
         G["hidden"]["w"]["nowhere"]
     with pytest.raises(KeyError, match=r"'nowhere'.*'hidden/b'"):
         G.block("nowhere")
