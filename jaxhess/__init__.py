@@ -1,6 +1,6 @@
 """Exact Hessians of neural networks in JAX, as structured linear operators."""
 
-from jaxhess import activations, bounds, losses, naumov2017, operators, test_util
+from jaxhess import activations, bounds, losses, naumov2017, operators, plotting, spectra, test_util
 from jaxhess.activations import (
     elu,
     gelu,
@@ -56,12 +56,14 @@ __all__ = [
     "losses",
     "naumov2017",
     "operators",
+    "plotting",
     "recurrent",
     "relu",
     "sigmoid",
     "silu",
     "sin",
     "softplus",
+    "spectra",
     "tanh",
     "tap",
     "test_util",

@@ -8,7 +8,17 @@ from typing import Any, TypeAlias
 
 from jaxtyping import Array, Float, Shaped
 
-__all__ = ["Array", "DenseTooLargeError", "Float", "InputError", "PyTree", "Shaped", "UnsupportedOperationError"]
+__all__ = [
+    "Array",
+    "DenseTooLargeError",
+    "Float",
+    "InputError",
+    "NotConvergedError",
+    "PyTree",
+    "Shaped",
+    "SingularError",
+    "UnsupportedOperationError",
+]
 
 PyTree: TypeAlias = Any
 
@@ -26,3 +36,12 @@ class DenseTooLargeError(ValueError, MemoryError):
 
 class UnsupportedOperationError(NotImplementedError):
     """The exact curvature of an operation cannot be computed; the message names it and where the user wrote it."""
+
+
+class SingularError(ValueError, ArithmeticError):
+    """A solve, root or logarithm was asked for where `H + damping I` has no such thing: it is singular to rounding, or not
+    positive definite where it must be. The message names the eigenvalue of H that is in the way."""
+
+
+class NotConvergedError(RuntimeError):
+    """An iterative method stopped before its tolerance; the message says how near it came and what to do."""

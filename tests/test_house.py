@@ -14,20 +14,26 @@ FLOORS = [
     ["_backend", "_typing", "_linalg"],
     [
         "_componentwise", "activations", "_softmax", "_sequence", "losses", "operators.support", "operators.mapped",
-        "operators.layout", "operators.base", "operators.kronecker", "operators.low_rank", "operators.dense",
-        "operators.contraction", "operators.paths", "operators.uses", "operators.jacobian", "operators.gauss_newton",
+        "operators.layout", "operators.vectors", "operators.krylov", "operators.minres", "operators.preconditioner",
+        "operators.iterative", "operators.extremes", "operators.paths", "operators.reduction", "operators.eigen",
+        "operators.direct", "operators.solvable", "operators.base", "operators.spectral", "operators.damped",
+        "operators.kronecker", "operators.rearranged", "operators.nearest", "operators.low_rank", "operators.dense",
+        "operators.contraction", "operators.uses", "operators.jacobian", "operators.gram", "operators.gauss_newton",
         "operators.gauss_newton_full", "operators.linearised", "operators.implicit", "operators.pullback",
-        "operators.cross", "operators.assembly", "operators.full", "operators.block", "operators",
+        "operators.layer", "operators.cross", "operators.assembly", "operators.restricted", "operators.full",
+        "operators.block", "operators.preconditioning", "operators",
     ],
-    ["layers._common", "layers.dense", "layers.recurrent", "layers", "taps", "bounds"],
+    [
+        "layers._common", "layers.dense", "layers.recurrent", "layers", "taps", "bounds", "spectra._common",
+        "spectra.lanczos", "spectra.eigenvalues", "spectra.density", "spectra.estimates", "spectra.inertia", "spectra",
+    ],
     [
         "engine.kinds", "engine.through_time", "engine.graph", "engine.loops", "engine.accurate", "engine.trace",
-        "engine.views",
-        "engine.rules.base", "engine.rules.linear", "engine.rules.elementwise", "engine.rules.local", "engine.rules",
-        "engine.reach", "engine.convolution", "engine.lookup", "engine.contractions", "engine.partition", "engine.plan",
-        "engine.custom", "engine.sweep", "engine.failure", "engine.implicit", "engine.products", "engine.batch",
-        "engine.labels", "engine.parameters", "engine.targets", "engine.assemble", "engine.diagonal", "engine.full",
-        "engine.jacobian", "engine.gauss_newton", "engine.convex", "engine",
+        "engine.views", "engine.rules.base", "engine.rules.linear", "engine.rules.elementwise", "engine.rules.local",
+        "engine.rules", "engine.reach", "engine.convolution", "engine.lookup", "engine.contractions", "engine.partition",
+        "engine.plan", "engine.custom", "engine.sweep", "engine.failure", "engine.implicit", "engine.products",
+        "engine.batch", "engine.labels", "engine.parameters", "engine.targets", "engine.assemble", "engine.diagonal",
+        "engine.full", "engine.jacobian", "engine.gauss_newton", "engine.convex", "engine",
     ],
     [
         "transforms.checks", "transforms.traced", "transforms.products", "transforms.diagonals", "transforms.full",
@@ -35,7 +41,7 @@ FLOORS = [
     ],
     [
         "test_util", "naumov2017.feedforward", "naumov2017.recurrent", "naumov2017", "interop._common", "interop.flax",
-        "interop.linen", "interop.equinox", "interop.scipy", "interop",
+        "interop.linen", "interop.equinox", "interop.scipy", "interop", "plotting",
     ],
     [""],
 ]  # fmt: skip
@@ -81,7 +87,16 @@ def test_init_files_only_export():
 
 
 def public_objects():
-    rooms = (jaxhess.activations, jaxhess.bounds, jaxhess.losses, jaxhess.naumov2017, jaxhess.operators, jaxhess.test_util)
+    rooms = (
+        jaxhess.activations,
+        jaxhess.bounds,
+        jaxhess.losses,
+        jaxhess.naumov2017,
+        jaxhess.operators,
+        jaxhess.plotting,
+        jaxhess.spectra,
+        jaxhess.test_util,
+    )
     for module in (jaxhess, *rooms):
         for name in module.__all__:
             yield f"{module.__name__}.{name}", getattr(module, name)

@@ -18,7 +18,7 @@ from jaxhess.engine.plan import Plan
 from jaxhess.operators.cross import CrossBlock, KroneckerCross
 from jaxhess.operators.uses import PairTerm, pair_terms
 
-__all__ = ["between", "cross_block", "plain_parameters"]
+__all__ = ["between", "cross_block", "is_layer", "plain_parameters"]
 
 Pair = tuple[int, int]
 
@@ -45,6 +45,29 @@ def between(plan: Plan, parameters: Sequence[int]) -> Relevant:
         if not leaf.implicit and leaf.roots & roots and (leaf.structured or not is_inert(plan, n))
     }
     return lambda j, k: {j, k} <= chosen
+
+
+def is_layer(plan: Plan, weight: int, bias: int) -> bool:
+    """Whether the error sees two parameters, given by place, only as `W z + b`: a contraction whose result is used once, to
+    add what is used nowhere else."""
+    w, b = plan.parameters[weight], plan.parameters[bias]
+    uses = [[leaf for leaf in plan.leaves if root in leaf.roots] for root in (w, b)]
+    if any(len(leaves) != 1 or leaves[0].implicit for leaves in uses):
+        return False
+    (product,), (added,) = uses
+    view = view_of(plan, plan.leaves.index(added), b) if added.variable != b else None
+    if not product.structured or added.structured or (added.variable != b and (view is None or view.factors)):
+        return False
+    if product.output == plan.graph.output:
+        return False
+    readers = [o for o in plan.during if {product.output, added.variable} & set(o.inputs)]
+    shapes = [plan.graph.avals[variable].shape for variable in (product.output, added.variable)]
+    return (
+        [o.name for o in readers] == ["add"]
+        and set(readers[0].inputs) == {product.output, added.variable}
+        and shapes[0] == shapes[1] == plan.graph.avals[readers[0].outputs[0]].shape
+        and plan.graph.avals[b].size == plan.graph.avals[added.variable].size
+    )
 
 
 def cross_block(

@@ -5,7 +5,7 @@ maps an array of shape S to one of shape S, and `as_matrix`, on request, orders 
 (row-major vec, section 3 of the mathematics).
 
     StructuredOperator          a lineax operator with diagonal, trace, norm, exact scaling, sizes; maybe not square
-      CurvatureOperator         square, on arrays of ONE parameter's shape; with eigenvalues and inertia
+      CurvatureOperator         square, on arrays of ONE parameter's shape; with eigenvalues, inertia, solves (`Solvable`)
         OperatorSum             H_1 + H_2 + ...
 
 All of them are lineax operators, so lineax's solvers take them, and JAX pytrees, so `jit`, `vmap` and `tree.map` do.
@@ -23,6 +23,7 @@ import lineax as lx
 
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.mapped import Inertia, count_signs, dense_eigvalsh, mapped_frobenius_norm
+from jaxhess.operators.solvable import Solvable, late
 from jaxhess.operators.support import (
     as_tags,
     check_operator_fits,
@@ -109,7 +110,7 @@ class StructuredOperator(lx.AbstractLinearOperator):
         return self.scaled(-1)
 
 
-class CurvatureOperator(StructuredOperator):
+class CurvatureOperator(Solvable, StructuredOperator):
     """A square operator on arrays of one parameter's shape: a diagonal block of a Hessian, or a term of one.
 
     Symmetric unless its class says otherwise; `lineax.is_symmetric` tells.
@@ -125,6 +126,16 @@ class CurvatureOperator(StructuredOperator):
 
         The default tolerance is `N * eps * max|eigenvalue|`. Raises `InputError` if the operator is not symmetric.
         """
+
+    def nearest_kronecker(self, layout: Any = None) -> Any:
+        """The Kronecker product nearest to the block in the Frobenius norm, with its exact relative error: a
+        `KroneckerApproximation(operator, relative_error)`; see `jaxhess.operators.nearest_kronecker`."""
+        return late["nearest_kronecker"](self, layout)
+
+    def mean_kronecker(self) -> Any:
+        """`kron(mean Q, mean z z^T)`, K-FAC's approximation, with its exact relative error; see
+        `jaxhess.operators.mean_kronecker`."""
+        return late["mean_kronecker"](self)
 
     def out_structure(self) -> jax.ShapeDtypeStruct:
         return self.in_structure()
@@ -247,9 +258,9 @@ def _register_with_lineax() -> None:
 
     @lx.materialise.register(CurvatureOperator)
     def _(operator):
-        if lx.is_diagonal(operator):
-            return operator
         structure = operator.out_structure()
+        if lx.is_diagonal(operator) or not isinstance(structure, jax.ShapeDtypeStruct):
+            return operator
         matrix = operator.as_matrix().reshape(structure.shape * 2)
         return lx.PyTreeLinearOperator(matrix, structure, operator.tags)
 

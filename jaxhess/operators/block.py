@@ -5,7 +5,9 @@
 The blocks sit in a tree of the parameters' own structure, so `H["layer"]["w"]` is where `params["layer"]["w"]` is.
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +15,13 @@ import jax.numpy as jnp
 import lineax as lx
 
 from jaxhess._linalg import format_bytes
-from jaxhess._typing import InputError, PyTree
+from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.base import CurvatureOperator, StructuredOperator, sum_of
+from jaxhess.operators.direct import Factorization
+from jaxhess.operators.eigen import select
 from jaxhess.operators.mapped import Inertia
-from jaxhess.operators.paths import children_of, key_of, leaves_like, unwrapped
+from jaxhess.operators.paths import children_of, key_of, leaves_like, naming, spread, unwrapped
+from jaxhess.operators.solvable import NegativeCurvature
 from jaxhess.operators.support import (
     as_tags,
     check_operator_fits,
@@ -99,6 +104,115 @@ class BlockDiagonal(StructuredOperator):
         counts = [operator.inertia(tolerance) for operator in self._operators()]
         return Inertia(*(sum_of(count) for count in zip(*counts, strict=True)))
 
+    def factorize(self, damping: Any = None, *, method: str = "auto") -> Any:
+        """Factor every block: a `BlockDiagonal` of eigendecompositions, or with `damping`, one number or a tree of them, a
+        `FactorizedBlocks` for that damping. Arguments and errors are those of `CurvatureOperator.factorize`, by block."""
+        dampings = self._spread("factorize", damping)
+        factors = [operator.factorize(d, method=method) for operator, d in zip(self._operators(), dampings, strict=True)]
+        blocks = self._unflatten(factors)
+        return BlockDiagonal(blocks, self.tags) if damping is None else FactorizedBlocks(blocks)
+
+    def solve(self, vector: PyTree, damping: Any = 0.0, *, return_info: bool = False, **options: Any) -> Any:
+        """`(H + damping I)^-1` times a tree of the parameters' structure, block by block; `damping` is one number, or a tree
+        of them that leads the parameters' (one for a layer, one for each parameter).
+
+        The options are those of `CurvatureOperator.solve`; `preconditioner` and `start` may be trees. With `return_info`,
+        the second result has a `SolveInfo` at each parameter. Errors name the block.
+        """
+        parts = leaves_like("BlockDiagonal.solve", self.in_structure(), vector)
+        dampings = self._spread("solve", damping)
+        per_block: dict[str, list[Any]] = {
+            name: self._given(options.pop(name)) for name in ("preconditioner", "start") if name in options
+        }
+        results = []
+        for n, ((path, operator), part, d) in enumerate(zip(self.items(), parts, dampings, strict=True)):
+            own = {name: values[n] for name, values in per_block.items()}
+            with naming(path):
+                results.append(operator.solve(part, d, return_info=return_info, **own, **options))
+        if not return_info:
+            return self._unflatten(results)
+        return self._unflatten([x for x, _ in results]), self._unflatten([info for _, info in results])
+
+    def logdet(self, damping: Any = 0.0) -> Array:
+        """`log |det(H + damping I)|`, the sum over the blocks; `damping` is one number or a tree of them."""
+        return self.slogdet(damping)[1]
+
+    def slogdet(self, damping: Any = 0.0) -> tuple[Array, Array]:
+        """The sign of `det(H + damping I)` and the logarithm of its absolute value."""
+        dampings = self._spread("slogdet", damping)
+        pairs = [operator.slogdet(d) for operator, d in zip(self._operators(), dampings, strict=True)]
+        return functools.reduce(jnp.multiply, [sign for sign, _ in pairs]), sum_of(value for _, value in pairs)
+
+    def eigh(self, k: int | None = None, *, which: str = "magnitude", return_info: bool = False, **options: Any) -> Any:
+        """The extreme eigenvalues of the whole (k,), ascending, and their eigenvectors, each zero but for one block; as
+        `CurvatureOperator.eigh`."""
+        count = self.in_size() if k is None else k
+        if not 0 < count <= self.in_size():
+            raise InputError(f"BlockDiagonal.eigh: there are {self.in_size()} eigenvalues, k={k} were asked for")
+        found = []
+        for path, operator in self.items():
+            if operator.in_size():
+                with naming(path):
+                    found.append(
+                        operator.eigh(min(count, operator.in_size()), which=which, return_info=return_info, **options)
+                    )
+            else:
+                found.append((jnp.zeros(0), jnp.zeros((0, *operator.in_structure().shape))))
+        values = jnp.concatenate([result[0] for result in found])
+        chosen = select(values, jnp.ones(values.shape, bool), count, which)
+        vectors, start = [], 0
+        for result in found:
+            size = result[0].size
+            inside = (chosen >= start) & (chosen < start + size)
+            own = (
+                result[1][jnp.clip(chosen - start, 0, max(size - 1, 0))]
+                if size
+                else jnp.zeros((count, *result[1].shape[1:]))
+            )
+            vectors.append(jnp.where(inside.reshape(-1, *(1 for _ in own.shape[1:])), own, 0))
+            start += size
+        tree = self._unflatten(vectors)
+        return (values[chosen], tree, self._unflatten([r[2] for r in found])) if return_info else (values[chosen], tree)
+
+    def matrix_function(self, function: Callable[[Array], Array]) -> "BlockDiagonal":
+        """`h(H)`, block by block."""
+        return BlockDiagonal(self._map(lambda operator: operator.matrix_function(function)))
+
+    def absolute(self, *, per_example: bool = False) -> "BlockDiagonal":
+        """`|H|`, block by block, as `CurvatureOperator.absolute`."""
+        return self._named("absolute", per_example=per_example)
+
+    def positive_part(self, *, per_example: bool = False) -> "BlockDiagonal":
+        """The nearest positive semidefinite operator, block by block, as `CurvatureOperator.positive_part`."""
+        return self._named("positive_part", per_example=per_example)
+
+    def inverse(self, damping: Any = 0.0) -> "BlockDiagonal":
+        """`(H + damping I)^-1`, block by block; `damping` is one number or a tree of them."""
+        return self._named("inverse", damping)
+
+    def inverse_sqrt(self, damping: Any = 0.0) -> "BlockDiagonal":
+        """`(H + damping I)^(-1/2)`, block by block; `damping` is one number or a tree of them."""
+        return self._named("inverse_sqrt", damping)
+
+    def sample(self, key: Array, damping: Any = 0.0, shape: tuple[int, ...] = ()) -> PyTree:
+        """Draws from the normal distribution with covariance `(H + damping I)^-1`, as `CurvatureOperator.sample`."""
+        dampings, operators = self._spread("sample", damping), self._operators()
+        keys = jax.random.split(key, len(operators))
+        draws = [operator.sample(k, d, shape) for operator, k, d in zip(operators, keys, dampings, strict=True)]
+        return self._unflatten(draws)
+
+    def negative_curvature_direction(self) -> NegativeCurvature:
+        """The lowest of all blocks' eigenvalues and its direction, zero but for that block, where it is negative."""
+        found = [operator.negative_curvature_direction() for operator in self._operators()]
+        values = jnp.stack([each.eigenvalue for each in found])
+        lowest = jnp.argmin(values)
+        directions = [jnp.where(lowest == n, each.direction, 0) for n, each in enumerate(found)]
+        return NegativeCurvature(values[lowest], self._unflatten(directions))
+
+    def nearest_kronecker(self) -> PyTree:
+        """For each parameter of two axes or more, its block's `nearest_kronecker`; for others their exact block."""
+        return self._map(lambda operator: operator.nearest_kronecker())
+
     def items(self) -> Iterator[tuple[str, CurvatureOperator]]:
         """The blocks with their paths, such as `"layer/w"`, in the order of the parameters' leaves."""
         for path, operator in jax.tree_util.tree_leaves_with_path(self.blocks, is_leaf=_is_operator):
@@ -136,6 +250,27 @@ class BlockDiagonal(StructuredOperator):
     def _map(self, function: Callable[[CurvatureOperator], Any]) -> PyTree:
         return jax.tree.map(function, self.blocks, is_leaf=_is_operator)
 
+    def _unflatten(self, leaves: Sequence[Any]) -> PyTree:
+        return jax.tree.unflatten(jax.tree.structure(self.blocks, is_leaf=_is_operator), leaves)
+
+    def _spread(self, what: str, damping: Any) -> list[Any]:
+        """One damping for each block, from a number or from a tree that leads the parameters'."""
+        return spread(f"BlockDiagonal.{what}", damping, self.in_structure())
+
+    def _given(self, option: Any) -> list[Any]:
+        """An option of each block: the same for all, or a tree of them."""
+        structure = jax.tree.structure(self.blocks, is_leaf=_is_operator)
+        leaves, given = jax.tree.flatten(option, is_leaf=_is_operator)
+        return leaves if given == structure else [option] * structure.num_leaves
+
+    def _named(self, method: str, *dampings: Any, **options: Any) -> "BlockDiagonal":
+        given = [self._spread(method, damping) for damping in dampings]
+        results = []
+        for n, (path, operator) in enumerate(self.items()):
+            with naming(path):
+                results.append(getattr(operator, method)(*(values[n] for values in given), **options))
+        return BlockDiagonal(self._unflatten(results))
+
     def _plus(self, other):
         if not isinstance(other, BlockDiagonal):
             return None
@@ -145,6 +280,31 @@ class BlockDiagonal(StructuredOperator):
         lines = [f"  {path}: {operator!r}" for path, operator in self.items()]
         total = format_bytes(sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(self.blocks)))
         return "\n".join([f"BlockDiagonal({len(lines)} blocks, {total}", *lines]) + ")"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactorizedBlocks:
+    """A block-diagonal operator factored block by block for the dampings given; `H.factorize(damping)` makes it. `blocks`
+    has a `Factorization` (or an operator that holds its eigendecomposition) at each parameter."""
+
+    blocks: PyTree
+
+    def solve(self, vector: PyTree) -> PyTree:
+        """`(H + damping I)^-1` times a tree of the parameters' structure. Raises `SingularError` with the block's path."""
+        factors, treedef = jax.tree.flatten(self.blocks, is_leaf=_is_factored)
+        parts, given = jax.tree.flatten(vector)
+        if given != treedef:
+            raise InputError(f"FactorizedBlocks.solve: the vector's structure is {given}, the parameters' {treedef}")
+        return jax.tree.unflatten(treedef, [f.solve(part) for f, part in zip(factors, parts, strict=True)])
+
+    def logdet(self) -> Array:
+        """`log |det(H + damping I)|`, the sum over the blocks."""
+        return sum_of(f.logdet() for f in jax.tree.leaves(self.blocks, is_leaf=_is_factored))
+
+
+def _is_factored(node: Any) -> bool:
+    return isinstance(node, Factorization | StructuredOperator)
 
 
 def _is_operator(node: Any) -> bool:

@@ -14,7 +14,9 @@ import lineax as lx
 from jaxhess._linalg import matmul
 from jaxhess._typing import Array, Float, InputError
 from jaxhess.operators.base import CurvatureOperator
+from jaxhess.operators.eigen import Eigen
 from jaxhess.operators.mapped import count_signs
+from jaxhess.operators.reduction import Whole
 from jaxhess.operators.support import (
     as_real_arrays,
     as_scalar,
@@ -135,6 +137,12 @@ class Diagonal(CurvatureOperator):
 
     def inertia(self, tolerance=None):
         return count_signs(self.values.reshape(-1), self.in_size(), tolerance)
+
+    def _eigen(self):
+        return Eigen(Whole.of(self.in_structure()), None, self.values.reshape(-1), None, jnp.zeros((), self.values.dtype))
+
+    def _choose(self, method):
+        return ("eigh", "it is diagonal") if method == "auto" else (method, "")
 
     def __repr__(self):
         return describe(self, f"values {shape_text(self.values)}")

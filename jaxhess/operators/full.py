@@ -18,28 +18,21 @@ import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxhess._typing import Array, PyTree
+from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.base import StructuredOperator, sum_of
-from jaxhess.operators.mapped import (
-    Inertia,
-    count_signs,
-    mapped_diagonal,
-    mapped_frobenius_norm,
-    mapped_matrix,
-    mapped_trace,
-)
-from jaxhess.operators.paths import Selection, find, leaves_like, paths_of
+from jaxhess.operators.mapped import Inertia, count_signs
+from jaxhess.operators.paths import Selection, below, find, leaves_like, paths_of
+from jaxhess.operators.restricted import JointHessian, RestrictedHessian
+from jaxhess.operators.solvable import Solvable
 from jaxhess.operators.support import (
     as_scalar,
     as_tags,
     check_operator_fits,
-    check_square,
-    check_vector,
     describe,
     scaled_tags,
 )
 
-__all__ = ["FullHessian", "Readings", "RestrictedHessian"]
+__all__ = ["FullHessian", "Readings"]
 
 
 class Readings(abc.ABC):
@@ -54,6 +47,10 @@ class Readings(abc.ABC):
         """The diagonal, a tree like the parameters."""
 
     @abc.abstractmethod
+    def layer(self, point: Any, places: tuple[int, ...], structure: PyTree) -> StructuredOperator | None:
+        """The joint block of a weight and a bias, in a tree of `structure`; None where they are not of one layer."""
+
+    @abc.abstractmethod
     def block(self, point: Any, row: int, column: int) -> StructuredOperator | None:
         """The block from one parameter to another, by their places among the leaves; None where it has no small matrices."""
 
@@ -65,7 +62,7 @@ class _Structure(NamedTuple):
     leaves: tuple[tuple[tuple[int, ...], Any], ...]
 
 
-class FullHessian(StructuredOperator):
+class FullHessian(Solvable, StructuredOperator):
     """The symmetric operator on a tree of parameters; `jaxhess.hessian(fun, blocks="full")` makes it.
 
     `product` maps a tree like `structure` to another, `point` is what `readings` read from, `factor` multiplies all of it,
@@ -157,6 +154,35 @@ class FullHessian(StructuredOperator):
         block = self.readings.block(self.point, i, j)
         return RestrictedHessian(self, i, j) if block is None else block.scaled(self._scale)
 
+    def _diagonal_block(self, place: int) -> Any:
+        block = self.readings.block(self.point, place, place)
+        return RestrictedHessian(self, place, place) if block is None else block.scaled(self._scale)
+
+    def joint(self, *paths: Any) -> Any:
+        """The square block over all parameters at or below the given paths, those between them included.
+
+        Its structure is the tree at the path for one path, a tuple of them for several. A weight and the bias of its layer
+        have a `LayerBlock`, z extended by 1; others a `JointHessian`, by products. Raises `KeyError` if there is nothing at
+        a path, `InputError` if a parameter is asked for twice.
+
+        >>> import jax.numpy as jnp, jaxhess
+        >>> params = {"a": {"w": jnp.ones((2, 3)), "b": jnp.zeros(2)}, "c": jnp.ones(2)}
+        >>> def error(p, x):
+        ...     return p["c"] @ jnp.tanh(p["a"]["w"] @ x + p["a"]["b"])
+        >>> H = jaxhess.hessian(error, blocks="full")(params, jnp.eye(3))
+        >>> type(H.joint("a")).__name__, H.joint("a").as_matrix().shape, H.joint("a/w", "c").as_matrix().shape
+        ('LayerBlock', (8, 8), (8, 8))
+        """
+        places, structure = below(self.in_structure(), paths)
+        if not places:
+            raise InputError("FullHessian.joint: no parameter was named")
+        if len(set(places)) < len(places):
+            raise InputError(f"FullHessian.joint: {', '.join(map(str, paths))} name a parameter twice")
+        layer = self.readings.layer(self.point, places, structure)
+        if layer is not None:
+            return layer if self.factor is None else layer.scaled(self.factor)
+        return JointHessian(self, places, jax.tree.structure(structure))
+
     def __getitem__(self, key: Any) -> Any:
         return Selection(self.block, self.in_structure())[key]
 
@@ -173,76 +199,10 @@ class FullHessian(StructuredOperator):
         return describe(self, f"{len(self.structure[1])} parameters", "factors of the linearised gradient")
 
 
-class RestrictedHessian(StructuredOperator):
-    """A block of a `FullHessian`, from the parameter at place `column` to that at `row`, by its product alone: where uses in
-    loops, or weights computed from parameters, leave no small matrices. What the zeros of the vector's other parts would
-    cost is not computed."""
-
-    whole: FullHessian
-    row: int = dataclasses.field(metadata={"static": True})
-    column: int = dataclasses.field(metadata={"static": True})
-
-    def __init__(self, whole: FullHessian, row: int, column: int, tags: Any = ()):
-        self.whole, self.row, self.column = whole, row, column
-        self.tags = as_tags(tags) | ({lx.symmetric_tag} if row == column else set())
-
-    def in_structure(self):
-        return jax.tree.leaves(self.whole.in_structure())[self.column]
-
-    def out_structure(self):
-        return jax.tree.leaves(self.whole.in_structure())[self.row]
-
-    def mv(self, vector):
-        structure = self.in_structure()
-        check_vector("RestrictedHessian", vector, structure.shape)
-        return _restricted_product(self, jnp.asarray(vector, structure.dtype))
-
-    def as_matrix(self):
-        check_operator_fits(self)
-        if self.out_size() < self.in_size():
-            return mapped_matrix(self.transpose()).T
-        return mapped_matrix(self)
-
-    def transpose(self):
-        return self if self.row == self.column else RestrictedHessian(self.whole, self.column, self.row, self.tags)
-
-    def diagonal(self):
-        check_square(self, "diagonal")
-        return mapped_diagonal(self)
-
-    def trace(self):
-        check_square(self, "trace")
-        return mapped_trace(self)
-
-    def frobenius_norm(self):
-        return mapped_frobenius_norm(self if self.in_size() <= self.out_size() else self.transpose())
-
-    def scaled(self, factor):
-        return dataclasses.replace(self, whole=self.whole.scaled(factor), tags=scaled_tags(self.tags, factor))
-
-    def _plus(self, other):
-        return None
-
-    def __repr__(self):
-        return describe(self, f"of {self.whole!r}")
-
-
 @jax.jit
 def _product(product: Any, factor: Array | None, vectors: list[Array]) -> list[Array]:
     products = product(vectors)
     return products if factor is None else [factor.astype(p.dtype) * p for p in products]
-
-
-@jax.jit
-def _restricted_product(block: RestrictedHessian, vector: Array) -> Array:
-    zeros = [jnp.zeros(s.shape, s.dtype) for s in jax.tree.leaves(block.whole.in_structure())]
-
-    def restricted(part: Array) -> Array:
-        return block.whole.product([*zeros[: block.column], part, *zeros[block.column + 1 :]])[block.row]
-
-    # The derivative of a linear map is the map itself, less what the parts that stay zero would cost.
-    result = jax.jvp(restricted, (jnp.zeros_like(vector),), (vector,))[1]
-    return block.whole._scale.astype(result.dtype) * result
 
 
 @jax.jit

@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from jaxhess._linalg import check_dense_fits, matmul, symmetrise
+from jaxhess._linalg import matmul, symmetrise
 from jaxhess._typing import Array, InputError
 from jaxhess.operators.base import CurvatureOperator, StructuredOperator
+from jaxhess.operators.gram import gram, gram_eigenvalues, gram_is_smaller, gram_norm, gram_reduction, with_zeros
 from jaxhess.operators.jacobian import JacobianUse, OutputJacobian, in_chunks, times_curvature
 from jaxhess.operators.kronecker import KroneckerProductSum
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.mapped import count_signs, dense_eigvalsh, mapped_frobenius_norm, require_symmetric
+from jaxhess.operators.reduction import dense_reduction
 from jaxhess.operators.support import (
     as_scalar,
     as_tags,
@@ -36,7 +38,7 @@ from jaxhess.operators.support import (
     shape_text,
 )
 
-__all__ = ["GaussNewtonBlock", "GaussNewtonCrossBlock", "cross_matrix", "gram_eigenvalues", "gram_norm"]
+__all__ = ["GaussNewtonBlock", "GaussNewtonCrossBlock", "cross_matrix"]
 
 
 class GaussNewtonBlock(CurvatureOperator):
@@ -79,7 +81,7 @@ class GaussNewtonBlock(CurvatureOperator):
         """The same operator with `Q_i = V_i^T B_i V_i` (r, m, m); None where the parameter is not one matrix that meets one
         vector of each example. Q has m / M times the entries of V."""
         J = self.jacobian
-        if not J.plain or J.uses[0].inputs is None or set(J.uses[0].labels.output) & set(J.uses[0].labels.input or ()):
+        if J.matrix_sizes is None:
             return None
         V = J.uses[0].rows.reshape(J.examples, J.outputs, -1)
         return kronecker_sum(J.uses[0], pulled_back(V, self.curvature), J.shape, self.factor, self.tags)
@@ -113,6 +115,28 @@ class GaussNewtonBlock(CurvatureOperator):
             return count_signs(self.eigvalsh(), self.in_size(), tolerance)
         require_symmetric(self, "inertia")
         return count_signs(gram_eigenvalues((self.jacobian,), self.curvature, self.factor), self.in_size(), tolerance)
+
+    def _plan(self) -> str:
+        """Which reduced space has the fewest dimensions: "gram", "kronecker" or "dense"."""
+        J = self.jacobian
+        sizes = {"dense": self.in_size(), "gram": J.examples * J.outputs}
+        if J.matrix_sizes is not None:
+            m, n = J.matrix_sizes
+            sizes["kronecker"] = m * min(n, J.examples)
+        return min(sizes, key=lambda name: sizes[name])
+
+    def _reduced_size(self):
+        J, plan = self.jacobian, self._plan()
+        if plan == "kronecker" and J.matrix_sizes is not None:
+            return J.matrix_sizes[0] * min(J.matrix_sizes[1], J.examples)
+        return J.examples * J.outputs if plan == "gram" else self.in_size()
+
+    def _reduction(self):
+        plan = self._plan()
+        if plan == "gram":
+            return gram_reduction((self.jacobian,), self.curvature, self.factor, None)
+        terms = self.kronecker_terms() if plan == "kronecker" else None
+        return dense_reduction(self) if terms is None else terms._reduction()
 
     def __repr__(self):
         J = self.jacobian
@@ -201,16 +225,6 @@ def pulled_back(V: Array, curvature: Array | None) -> Array:
     return symmetrise(matmul(jnp.swapaxes(V, 1, 2), times_curvature(curvature, V)))
 
 
-def gram_is_smaller(jacobians: Sequence[OutputJacobian], size: int) -> bool:
-    """Whether all rows of A are fewer than `size`."""
-    return jacobians[0].examples * jacobians[0].outputs < size
-
-
-def with_zeros(eigenvalues: Array, size: int) -> Array:
-    """All `size` eigenvalues in ascending order, those left out being zero."""
-    return jnp.sort(jnp.concatenate([eigenvalues, jnp.zeros(size - eigenvalues.size, eigenvalues.dtype)]))
-
-
 # Compiled here once for each structure: called outside of a user's `jit`, their loops would be compiled every time.
 
 
@@ -243,40 +257,9 @@ def cross_matrix(
     return (factor / r) * in_chunks(some, r, chunk)
 
 
-def _gram(jacobians: Sequence[OutputJacobian]) -> Array:
-    r, M = jacobians[0].examples, jacobians[0].outputs
-    itemsize = jnp.dtype(jacobians[0].dtype).itemsize
-    check_dense_fits("the Gram matrix of the Jacobian's rows", r * M, r * M, itemsize, "Use fewer examples, or mv.")
-    return sum((J.gram() for J in jacobians), jnp.zeros((r, M, r, M), jacobians[0].dtype))
-
-
-@jax.jit
-def gram_eigenvalues(jacobians: tuple[OutputJacobian, ...], curvature: Array | None, factor: Array) -> Array:
-    """The eigenvalues (rM,) of `(factor/r) S^T K S` with `B = S S^T`."""
-    K, r = _gram(jacobians), jacobians[0].examples
-    size = K.shape[0] * K.shape[1]
-    if curvature is not None and curvature.ndim == 2:
-        S = jnp.sqrt(jnp.maximum(curvature, 0))
-        K = S[:, :, None, None] * K * S[None, None]
-    elif curvature is not None:
-        values, vectors = jnp.linalg.eigh(curvature)
-        S = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
-        half = matmul(jnp.swapaxes(S, 1, 2), K.reshape(r, K.shape[1], size))
-        K = matmul(jnp.swapaxes(S, 1, 2), jnp.swapaxes(half.reshape(size, size), 0, 1).reshape(r, K.shape[1], size))
-    return jnp.sort((factor / r) * jnp.linalg.eigvalsh(symmetrise(K.reshape(size, size))))
-
-
-@jax.jit
-def gram_norm(jacobians: tuple[OutputJacobian, ...], curvature: Array | None, factor: Array) -> Array:
-    """`||H||_F`, from `tr(B K B K)`."""
-    K, r = _gram(jacobians), jacobians[0].examples
-    BK = times_curvature(curvature, K).reshape(K.shape[0] * K.shape[1], -1)
-    return jnp.abs(factor) / r * jnp.sqrt(jnp.maximum(jnp.sum(BK * BK.T), 0))
-
-
 @jax.jit
 def _cross_norm(rows: OutputJacobian, columns: OutputJacobian, curvature: Array | None, factor: Array) -> Array:
-    left, right = (times_curvature(curvature, _gram([J])) for J in (rows, columns))
+    left, right = (times_curvature(curvature, gram([J])) for J in (rows, columns))
     size = rows.examples * rows.outputs
     squared = jnp.sum(left.reshape(size, size) * right.reshape(size, size).T)
     return jnp.abs(factor) / rows.examples * jnp.sqrt(jnp.maximum(squared, 0))

@@ -11,22 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.base import StructuredOperator
-from jaxhess.operators.gauss_newton import (
-    GaussNewtonBlock,
-    GaussNewtonCrossBlock,
-    cross_matrix,
-    gram_eigenvalues,
-    gram_is_smaller,
-    gram_norm,
-    with_zeros,
-)
+from jaxhess.operators.gauss_newton import GaussNewtonBlock, GaussNewtonCrossBlock, cross_matrix
+from jaxhess.operators.gram import gram_eigenvalues, gram_is_smaller, gram_norm, gram_reduction, with_zeros
 from jaxhess.operators.jacobian import OutputJacobian, times_curvature
 from jaxhess.operators.mapped import Inertia, count_signs
 from jaxhess.operators.paths import Selection, find, leaves_like, paths_of
+from jaxhess.operators.reduction import dense_reduction
+from jaxhess.operators.solvable import Solvable
 from jaxhess.operators.support import as_scalar, as_tags, check_operator_fits, describe, scaled_tags, shape_text
 
 __all__ = ["GaussNewton"]
@@ -34,7 +30,7 @@ __all__ = ["GaussNewton"]
 _CHUNK_BYTES = 2**26
 
 
-class GaussNewton(StructuredOperator):
+class GaussNewton(Solvable, StructuredOperator):
     """G over a tree of parameters: `jacobians` has an `OutputJacobian` at each leaf, `curvature` is B as in
     `GaussNewtonBlock`; `factor` multiplies it.
 
@@ -121,6 +117,30 @@ class GaussNewton(StructuredOperator):
 
     def __getitem__(self, key: Any) -> Any:
         return Selection(self.block, self.jacobians, _is_jacobian)[key]
+
+    def _reduced_size(self):
+        J = self._leaves()[0]
+        return min(J.examples * J.outputs, self.in_size())
+
+    def _reduction(self):
+        leaves = self._leaves()
+        if not gram_is_smaller(leaves, self.in_size()):
+            return dense_reduction(self)
+        treedef = jax.tree.structure(self.jacobians, is_leaf=_is_jacobian)
+        return gram_reduction(tuple(leaves), self.curvature, self.factor, treedef)
+
+    def _absorb(self, dampings):
+        positive = all(isinstance(d, Tracer) or d > 0 for d in dampings)
+        if not positive or not gram_is_smaller(self._leaves(), self.in_size()):
+            return super()._absorb(dampings)
+        scales = [1 / jnp.sqrt(jnp.asarray(d, J.dtype)) for d, J in zip(dampings, self._leaves(), strict=True)]
+        scaled = [
+            dataclasses.replace(J, uses=tuple(dataclasses.replace(use, scale=use.scale * s) for use in J.uses))
+            for J, s in zip(self._leaves(), scales, strict=True)
+        ]
+        treedef = jax.tree.structure(self.jacobians, is_leaf=_is_jacobian)
+        jacobians = jax.tree.unflatten(treedef, scaled)
+        return dataclasses.replace(self, jacobians=jacobians), 1.0, scales
 
     def _block(self, row: OutputJacobian, column: OutputJacobian) -> Any:
         if row is column:

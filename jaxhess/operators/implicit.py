@@ -6,6 +6,7 @@ with Q and S as a linear function (`jaxhess.operators.linearised`).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from jaxhess._linalg import available_bytes
+from jaxhess._linalg import available_bytes, einsum, symmetrise
 from jaxhess._typing import Array, InputError
 from jaxhess.operators.base import CurvatureOperator, OperatorSum
 from jaxhess.operators.contraction import ContractionOperator
+from jaxhess.operators.layout import Layout
 from jaxhess.operators.linearised import ImplicitTerm, ImplicitUse, Tangents
 from jaxhess.operators.mapped import count_signs, dense_eigvalsh
+from jaxhess.operators.reduction import KroneckerColumns, Reduction, dense_reduction
 from jaxhess.operators.support import as_scalar, as_tags, check_operator_fits, check_vector, describe, scaled_tags
 from jaxhess.operators.uses import EXAMPLE, pair_terms
 
@@ -124,6 +127,39 @@ class ImplicitKroneckerSum(CurvatureOperator):
                     )  # fmt: skip
         return terms[0] if len(terms) == 1 else OperatorSum(terms, self.tags)
 
+    def _matrix_layout(self) -> Layout | None:
+        """How the parameter is a matrix (m, n), where `kronecker_terms` are the whole block; else None."""
+        use = self.term.uses[0]
+        sides = set(use.labels.output) & set(use.labels.input or ()) & set(use.labels.weight)
+        if len(self.term.uses) > 1 or use.inputs is None or use.sensitive or sides:
+            return None
+        places = {label: n for n, label in enumerate(use.labels.weight)}
+        rows, columns = (
+            tuple(places[label] for label in side if label in places) for side in (use.labels.output, use.labels.input or ())
+        )
+        if sorted(rows + columns) != list(range(len(places))):
+            return None
+        return Layout(self.parameter_shape, use.labels.weight_sizes, rows, columns)
+
+    def _reduced_size(self):
+        layout, steps = self._matrix_layout(), self.term.examples * self._vectors()
+        if layout is None or steps >= layout.n:
+            return self.in_size()
+        return layout.m * steps
+
+    def _vectors(self) -> int:
+        """How many vectors of an example the parameter meets."""
+        labels = self.term.uses[0].labels
+        sizes = dict(zip(labels.output, labels.output_sizes, strict=True))
+        return math.prod(sizes.get(label, 1) for label in labels.positions)
+
+    def _reduction(self):
+        layout = self._matrix_layout()
+        if layout is None or self._reduced_size() >= self.in_size():
+            return dense_reduction(self)
+        Q, Z = self.kronecker_terms()
+        return _reduced(Q, Z, layout)
+
     def _numbered(self) -> list[ImplicitUse]:
         uses, label = [], EXAMPLE + 1
         for use in self.term.uses:
@@ -198,6 +234,16 @@ def _product(operator: ImplicitKroneckerSum, vector: Array) -> Array:
     sizes = [use.labels.weight_sizes for use in operator.term.uses]
     vectors = [scale * vector.reshape(s) for s, scale in zip(sizes, operator.scales, strict=True)]
     return operator._read(operator.term.apply(operator.term.push(vectors)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _reduced(Q: Array, Z: Array, layout: Layout) -> Reduction:
+    r, steps, n = Z.shape
+    P, R = jnp.linalg.qr(Z.reshape(r * steps, n).T)
+    R = R.T.reshape(r, steps, -1)
+    matrix = einsum("esitj,esp,etq->ipjq", Q, R, R) / r
+    size = matrix.shape[0] * matrix.shape[1]
+    return Reduction(KroneckerColumns(P, layout), symmetrise(matrix.reshape(size, size)))
 
 
 @jax.jit

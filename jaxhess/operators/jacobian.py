@@ -10,6 +10,7 @@ f's Jacobian.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,6 +103,16 @@ class OutputJacobian:
     def plain(self) -> bool:
         """Whether every entry of A is a product of one entry of V and one of z: a single use with one vector an example."""
         return self.through is None and len(self.uses) == 1 and not self.uses[0].labels.positions
+
+    @property
+    def matrix_sizes(self) -> tuple[int, int] | None:
+        """(m, n) where the parameter is one matrix that meets one vector of each example, else None."""
+        if not self.plain or self.uses[0].inputs is None:
+            return None
+        labels = self.uses[0].labels
+        if set(labels.output) & set(labels.input or ()):
+            return None
+        return math.prod(labels.output_sizes), math.prod(labels.input_sizes)
 
     def push(self, vector: Array) -> Array:
         """A X for every example, (r, M)."""

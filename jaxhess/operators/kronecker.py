@@ -17,6 +17,7 @@ the column i of R: the eigenvalues of H are those of M, and zeros. For r = 1 the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +26,14 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
-from jaxhess._linalg import PRECISION, einsum, matmul
+from jaxhess._linalg import PRECISION, check_dense_fits, einsum, matmul, symmetrise
 from jaxhess._typing import Array, Float, InputError
 from jaxhess.operators.base import CurvatureOperator
+from jaxhess.operators.eigen import Eigen
+from jaxhess.operators.extremes import KroneckerGuess, kronecker_guess
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.mapped import count_signs, require_symmetric
+from jaxhess.operators.reduction import KroneckerColumns, OuterColumns, Reduction
 from jaxhess.operators.support import (
     as_real_arrays,
     as_scalar,
@@ -105,6 +109,12 @@ class KroneckerProduct(CurvatureOperator):
     def inertia(self, tolerance=None):
         return count_signs(self.eigvalsh(), self.in_size(), tolerance)
 
+    def _eigen(self):
+        return _product_eigen(self)
+
+    def _choose(self, method):
+        return ("eigh", "its factors are diagonalised") if method == "auto" else (method, "")
+
     def __repr__(self):
         return describe(self, f"A {shape_text(self.A)}", f"B {shape_text(self.B)}")
 
@@ -177,16 +187,22 @@ class KroneckerProductSum(CurvatureOperator):
 
     def _reduced_eigenvalues(self) -> Float[Array, "k"]:
         """The eigenvalues but for those m(n - min(n, r)) that are zero whatever the numbers."""
+        check_dense_fits("KroneckerProductSum", self._reduced_size(), self._reduced_size(), self.Q.dtype.itemsize, "Use mv.")
+        return jnp.linalg.eigvalsh(self._reduction().matrix)
+
+    def _reduced_size(self):
         r, n = self.Z.shape
-        if r == 1:  # (46)
-            return jnp.sum(self.Z**2) * jnp.linalg.eigvalsh(self.Q[0])
-        if r >= n:
-            check_operator_fits(self)
-            return jnp.linalg.eigvalsh(_dense(self.Q, self.Z))
-        # No rank is detected: where Z has dependent rows, M just has the zeros that H has.
-        R = jnp.linalg.qr(self.Z.T, mode="r")
-        reduced = KroneckerProductSum(self.Q, R.T)
-        return jnp.linalg.eigvalsh(reduced.as_matrix())
+        return self.layout.m * min(r, n)
+
+    def _reduction(self):
+        check_dense_fits("KroneckerProductSum", self._reduced_size(), self._reduced_size(), self.Q.dtype.itemsize, "Use mv.")
+        return _reduced(self)
+
+    def _per_example(self, function, what):
+        return _of_examples(self, function)
+
+    def _start(self):
+        return _guess(self)
 
     def __repr__(self):
         r = shape_text(self.Z).strip("()").split(",")[0]
@@ -207,6 +223,43 @@ def _product(Q: Array, Z: Array, X: Array) -> Array:
     Y = jax.lax.dot_general(Z, X.T, (((1,), (0,)), ((), ())), precision=PRECISION)
     V = jax.lax.dot_general(Y, Q, (((1,), (1,)), ((0,), (0,))), precision=PRECISION)
     return jax.lax.dot_general(Z.T, V, (((1,), (0,)), ((), ())), precision=PRECISION).T / Q.shape[0]
+
+
+@jax.jit
+def _reduced(operator: KroneckerProductSum) -> Reduction:
+    (r, n), m, Z = operator.Z.shape, operator.layout.m, operator.Z
+    if r == 1:  # (46)
+        norm = jnp.linalg.norm(Z)
+        P = (Z / jnp.where(norm > 0, norm, 1)).T if n > 1 else jnp.ones((1, 1), Z.dtype)
+        # Where z is zero any direction will do: M is zero.
+        P = jnp.where(norm > 0, P, jnp.zeros_like(P).at[0].set(1))
+        return Reduction(KroneckerColumns(P, operator.layout), norm**2 * operator.Q[0])
+    if r >= n:
+        P, R = jnp.eye(n, dtype=Z.dtype), Z.T
+    else:  # no rank is detected: where Z has dependent rows, M just has the zeros that H has
+        P, R = jnp.linalg.qr(Z.T)
+    matrix = _dense(operator.Q, R.T).reshape(m * min(r, n), m * min(r, n))
+    return Reduction(KroneckerColumns(P, operator.layout), symmetrise(matrix))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _of_examples(operator: KroneckerProductSum, function: Callable[[Array], Array]) -> KroneckerProductSum:
+    values, vectors = jnp.linalg.eigh(operator.Q)
+    Q = matmul(vectors * function(values)[:, None, :], jnp.swapaxes(vectors, 1, 2))
+    return KroneckerProductSum(symmetrise(Q), operator.Z, operator.layout, lx.positive_semidefinite_tag)
+
+
+@jax.jit
+def _guess(operator: KroneckerProductSum) -> KroneckerGuess:
+    Q, Z = operator.Q, operator.Z
+    return kronecker_guess(jnp.mean(Q, axis=0), matmul(Z.T, Z) / Z.shape[0], operator.layout)
+
+
+@jax.jit
+def _product_eigen(operator: KroneckerProduct) -> Eigen:
+    (a, left), (b, right) = jnp.linalg.eigh(operator.A), jnp.linalg.eigh(operator.B)
+    columns = OuterColumns(left, right, operator.layout)
+    return Eigen(columns, None, jnp.outer(a, b).reshape(-1), None, jnp.zeros((), a.dtype))
 
 
 @jax.jit

@@ -1,14 +1,15 @@
 """Where a parameter is in a tree, and how the keys of two of them lead to a block between them."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxhess._typing import InputError, PyTree
+from jaxhess._typing import DenseTooLargeError, InputError, NotConvergedError, PyTree, SingularError
 
-__all__ = ["Selection", "children_of", "find", "key_of", "leaves_like", "paths_of", "unwrapped"]
+__all__ = ["Selection", "below", "children_of", "find", "key_of", "leaves_like", "naming", "paths_of", "spread", "unwrapped"]
 
 IsLeaf = Callable[[Any], bool] | None
 
@@ -39,6 +40,26 @@ def find(paths: Sequence[str], path: Any) -> int:
     return paths.index(text)
 
 
+def below(tree: PyTree, paths: Sequence[Any]) -> tuple[tuple[int, ...], PyTree]:
+    """The places of the leaves at or below some paths, and the subtree there, or the tuple of them for several paths. Raises
+    `KeyError` with what there is."""
+    names = paths_of(tree)
+    numbered = jax.tree.unflatten(jax.tree.structure(tree), list(range(len(names))))
+    subtrees = []
+    for path in paths:
+        text = path if isinstance(path, str) else joined(path if isinstance(path, tuple | list) else (path,))
+        node = numbered
+        for key in () if text in names else text.split("/"):
+            children = children_of(node)
+            if key not in children:
+                raise KeyError(f"nothing at {text!r}; there is {', '.join(map(repr, names))}")
+            node = children[key]
+        subtrees.append(names.index(text) if text in names else node)
+    chosen = subtrees[0] if len(subtrees) == 1 else tuple(subtrees)
+    leaves = jax.tree.leaves(tree)
+    return tuple(jax.tree.leaves(chosen)), jax.tree.map(lambda n: leaves[n], chosen)
+
+
 def leaves_like(what: str, structure: PyTree, vector: PyTree) -> list[Any]:
     """The leaves of a vector, which must be a tree like `structure` (a tree of shapes), in their shapes.
 
@@ -65,6 +86,36 @@ def leaves_like(what: str, structure: PyTree, vector: PyTree) -> list[Any]:
         if jnp.iscomplexobj(leaf):
             raise InputError(f"{what}: {path!r} is complex; apply the product to the real and imaginary parts")
     return leaves
+
+
+def spread(what: str, damping: Any, structure: PyTree) -> list[Any]:
+    """One number for each leaf of `structure`, from a number for all or from a tree that leads it. Raises `InputError` for
+    other trees and for arrays that are no scalars."""
+    leaves, treedef = jax.tree.flatten(structure)
+    if damping is None or (jax.tree.structure(damping) == jax.tree.structure(0) and treedef.num_leaves):
+        dampings = [damping] * len(leaves)
+    else:
+        try:
+            tree = jax.tree.map(lambda d, below: jax.tree.map(lambda _: d, below), damping, structure)
+        except ValueError as error:
+            raise InputError(
+                f"{what}: the damping must be a number or a tree of numbers that leads the parameters'; it has the "
+                f"structure {jax.tree.structure(damping)}, the parameters {paths_of(structure)}"
+            ) from error
+        dampings = jax.tree.leaves(tree)
+    for path, each in zip(paths_of(structure), dampings, strict=True):
+        if each is not None and jnp.ndim(each) != 0:
+            raise InputError(f"{what}: the damping of {path!r} must be a number, got an array of shape {jnp.shape(each)}")
+    return dampings
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors from within say which block they are about."""
+    try:
+        yield
+    except (InputError, DenseTooLargeError, SingularError, NotConvergedError) as error:
+        raise type(error)(f"block {path!r}: {error}") from error
 
 
 def children_of(node: Any, is_leaf: IsLeaf = None) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import numpy as np
 from jaxhess._typing import Array, PyTree
 from jaxhess.engine.assemble import block, structured_gradients
 from jaxhess.engine.batch import BatchResult, sweep_batch
-from jaxhess.engine.full import between, cross_block, plain_parameters
+from jaxhess.engine.full import between, cross_block, is_layer, plain_parameters
 from jaxhess.engine.parameters import own_curvature, shares_parameter
 from jaxhess.operators.assembly import put_symmetric
 from jaxhess.operators.base import CurvatureOperator, StructuredOperator
 from jaxhess.operators.full import FullHessian, Readings
+from jaxhess.operators.kronecker import KroneckerProductSum
+from jaxhess.operators.layer import LayerBlock
 from jaxhess.transforms.checks import Error, Shared, widened
 from jaxhess.transforms.diagonals import wide_diagonal
 from jaxhess.transforms.products import linearise
@@ -54,6 +56,16 @@ class _OfFunction(Readings):
         params, batch = point
         return wide_diagonal(self.fun, params, batch, self.examples, self.batch_size)
 
+    def layer(self, point: Any, places: tuple[int, ...], structure: PyTree) -> StructuredOperator | None:
+        if len(places) != 2:
+            return None
+        for weight, bias in (places, places[::-1]):
+            terms = _of_layer(self.fun, *point, self.examples, self.batch_size, weight, bias).tree
+            if terms is not None:
+                Z = jnp.concatenate([terms.Z, jnp.ones((self.examples, 1), terms.Z.dtype)], axis=1)
+                return LayerBlock(KroneckerProductSum(terms.Q, Z), terms.layout, structure, bias_first=bias == places[0])
+        return None
+
     def block(self, point: Any, row: int, column: int) -> StructuredOperator | None:
         return _block(self.fun, *point, self.examples, self.batch_size, row, column).tree
 
@@ -81,6 +93,28 @@ def _block(
         result = _sweep(given, examples, batch_size, between(given.plan, (row, column)))
         own = own_curvature(given.plan, result, given.environment, every_pair=True)
         return Shared(cross_block(given.plan, result, given.environment, own, row, column))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
+def _of_layer(
+    fun: Error,
+    params: PyTree,
+    batch: tuple[PyTree, ...],
+    examples: int,
+    batch_size: int | None,
+    weight: int,
+    bias: int,
+) -> Shared:
+    """The weight's block, where it and the bias are of one layer; None where they are not."""
+    with jax.default_matmul_precision("highest"):
+        given = traced(fun, params, batch)
+        if not is_layer(given.plan, weight, bias):
+            return Shared(None)
+        shared, root = shares_parameter(given.plan.leaves), given.plan.parameters[weight]
+        mine = {n for n, leaf in enumerate(given.plan.leaves) if root in leaf.roots}
+        result = _sweep(given, examples, batch_size, lambda j, k: shared(j, k) and {j, k} <= mine)
+        own = _diagonal_block(given, result, weight)
+        return Shared(own if isinstance(own, KroneckerProductSum) else None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
