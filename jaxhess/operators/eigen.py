@@ -4,7 +4,6 @@ H = ρ I + sum_e (λ_e - ρ) u_e u_e^T            k eigenpairs, and the eigenval
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +97,7 @@ class Eigen:
         """How many eigenvalues are above the tolerance, below its negative, and between."""
         if tolerance is None:
             largest = jnp.maximum(jnp.max(jnp.abs(self.values), initial=0), jnp.abs(self.rest) * (self.missing > 0))
-            tolerance = self.columns.size * jnp.finfo(self.values.dtype).eps * largest
+            tolerance = self.values.size * jnp.finfo(self.values.dtype).eps * largest
         counts = count_signs(self.values, self.columns.count, tolerance)
         rest = count_signs(self.rest[None], 1, tolerance)
         return Inertia(*(jnp.where(a < 0, a, a + self.missing * b) for a, b in zip(counts, rest, strict=True)))
@@ -193,15 +192,15 @@ def refuse(wrong: Array, error: type[Exception], message: Callable[[], str], *ar
     return arrays
 
 
-def rounding(count: int, dtype: Any) -> float:
-    """What eigenvalues of a k x k matrix are uncertain by, as a part of the largest."""
-    return max(10.0, math.sqrt(count)) * float(jnp.finfo(dtype).eps)
+def rounding(dtype: Any) -> float:
+    """What computed eigenvalues are uncertain by, as a part of the largest: LAPACK's are within a few units of rounding."""
+    return 10 * float(jnp.finfo(dtype).eps)
 
 
 def nearest_to_zero(eigen: Eigen, damping: Any) -> tuple[Array, Array, Array]:
     """The eigenvalue of `H + λI` nearest to zero, whether it is zero to rounding, and the tolerance for that."""
     values = eigen.values + damping
-    tolerance = rounding(eigen.columns.count, values.dtype) * jnp.max(jnp.abs(values), initial=0)
+    tolerance = rounding(values.dtype) * jnp.max(jnp.abs(values), initial=0)
     tolerances = jnp.full(values.shape, tolerance)
     if eigen.missing:  # what is orthogonal to the columns is exact
         values, tolerances = jnp.append(values, eigen.rest + damping), jnp.append(tolerances, 0)

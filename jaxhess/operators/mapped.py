@@ -113,14 +113,14 @@ def count_signs(eigenvalues: Float[Array, "k"], size: int, tolerance: Any = None
     """The inertia of an operator of `size` rows, given its eigenvalues; those left out are exact zeros.
 
     Parameters are the `eigenvalues` (k,), k <= `size`, and the `tolerance` below which one counts as zero, by default
-    `size * eps * max|eigenvalue|`.
+    `k * eps * max|eigenvalue|`.
 
     >>> import jax.numpy as jnp
     >>> [int(count) for count in count_signs(jnp.array([-2.0, 1e-18, 3.0]), 5)]
     [1, 1, 3]
     """
     if tolerance is None:
-        tolerance = size * jnp.finfo(eigenvalues.dtype).eps * jnp.max(jnp.abs(eigenvalues), initial=0)
+        tolerance = eigenvalues.size * jnp.finfo(eigenvalues.dtype).eps * jnp.max(jnp.abs(eigenvalues), initial=0)
     positive, negative = jnp.sum(eigenvalues > tolerance), jnp.sum(eigenvalues < -tolerance)
     known = ~jnp.any(jnp.isnan(eigenvalues))
     return Inertia(*(jnp.where(known, count, -1) for count in (positive, negative, size - positive - negative)))
