@@ -71,3 +71,56 @@ def test_any_model(tmp_path, capsys):
     np.testing.assert_allclose(H[-last:, -last:], G[-last:, -last:], atol=1e-10 * np.abs(H).max())
     assert not np.allclose(H[:-last, :-last], G[:-last, :-last], atol=1e-4 * np.abs(H).max())
     assert whole["eigenvalues"]["gauss_newton"].min() > -1e-10 * np.abs(G).max()
+
+
+@pytest.mark.slow
+def test_pruning(tmp_path, capsys):
+    picture = tmp_path / "pruning.png"
+    arguments = ["--picture", str(picture), "--seeds", "1", "--units", "6", "--steps", "400", "--rounds", "4"]
+    levels, results = load("pruning").main(arguments)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "2 points lost after" in capsys.readouterr().out
+    accuracy = {method: found[0, :, 0] for method, found in results.items()}
+    training_error = {method: found[0, :, 1] for method, found in results.items()}
+    assert accuracy["magnitude"][0] > 0.9
+    # With half of the weights and more gone, the exact inverse keeps the network better than all that leave it out.
+    for method in set(results) - {"optimal brain surgeon"}:
+        np.testing.assert_array_equal(accuracy[method][0], accuracy["optimal brain surgeon"][0])
+        assert np.all(training_error["optimal brain surgeon"][levels > 0.5] < training_error[method][levels > 0.5])
+
+
+@pytest.mark.slow
+def test_laplace(tmp_path, capsys):
+    picture = tmp_path / "laplace.png"
+    arguments = ["--picture", str(picture), "--units", "12", "--images", "60", "--steps", "400"]
+    module = load("laplace")
+    grid, chosen, forecasts, labels = module.main(arguments)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "chosen by the exact Laplace evidence" in capsys.readouterr().out
+    found = grid[1.0]
+    dense = 60 * found["operator"].as_matrix() + np.eye(found["operator"].in_size())
+    diagonal = np.log(np.diagonal(dense)).sum()
+    # The two evidences differ by their determinants alone, and draws are those of the posterior.
+    difference = found["evidence"]["exact Laplace"] - found["evidence"]["diagonal Laplace"]
+    np.testing.assert_allclose(difference, (diagonal - np.linalg.slogdet(dense)[1]) / 2, rtol=1e-8)
+    draws = np.asarray(found["draws"]["exact Laplace"]["out"]["b"])
+    covariance = np.linalg.inv(dense)[-12 * 10 - 10 : -12 * 10, -12 * 10 - 10 : -12 * 10]
+    np.testing.assert_allclose(np.cov(draws.T), covariance, atol=0.3 * covariance.max())
+    # The exact evidence is nearer to the best weight decay, and its posterior is less sure of images upside down.
+    test = {kind: grid[precision]["test"] for kind, precision in chosen.items()}
+    assert test["exact Laplace"] <= test["diagonal Laplace"]
+    assert module.nll(forecasts["exact Laplace"][90], labels) < module.nll(forecasts["network alone"][90], labels)
+
+
+@pytest.mark.slow
+def test_landscape(tmp_path, capsys):
+    picture = tmp_path / "landscape.png"
+    (run,) = load("landscape").main(["--picture", str(picture), "--networks", "1", "--units", "4", "--steps", "600"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "steps until 10% of the fall" in capsys.readouterr().out
+    saddles = [point for point in run["points"] if "leave" in point]
+    assert saddles
+    for point in saddles:
+        assert point["eigenvalues"][0] < 0
+        assert point["negative"] == np.sum(point["eigenvalues"] < 0)
+        assert point["leave"]["negative curvature"][0] < point["leave"]["gradient descent"][0] / 5

@@ -15,8 +15,8 @@ FLOORS = [
     [
         "_componentwise", "activations", "_softmax", "_sequence", "losses", "operators.support", "operators.mapped",
         "operators.layout", "operators.vectors", "operators.krylov", "operators.minres", "operators.preconditioner",
-        "operators.iterative", "operators.extremes", "operators.paths", "operators.reduction", "operators.eigen",
-        "operators.direct", "operators.solvable", "operators.base", "operators.spectral", "operators.damped",
+        "operators.iterative", "operators.ritz", "operators.extremes", "operators.paths", "operators.reduction", "operators.eigen",
+        "operators.direct", "operators.functions", "operators.solvable", "operators.base", "operators.spectral", "operators.damped",
         "operators.kronecker", "operators.rearranged", "operators.nearest", "operators.low_rank", "operators.dense",
         "operators.contraction", "operators.uses", "operators.jacobian", "operators.gram", "operators.gauss_newton",
         "operators.gauss_newton_full", "operators.linearised", "operators.implicit", "operators.pullback",

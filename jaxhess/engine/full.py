@@ -15,6 +15,7 @@ from jaxhess.engine.diagonal import is_inert
 from jaxhess.engine.labels import layout_of, number_uses, scale_of, view_of
 from jaxhess.engine.parameters import Relevant
 from jaxhess.engine.plan import Plan
+from jaxhess.engine.views import View
 from jaxhess.operators.cross import CrossBlock, KroneckerCross
 from jaxhess.operators.uses import PairTerm, pair_terms
 
@@ -55,8 +56,16 @@ def is_layer(plan: Plan, weight: int, bias: int) -> bool:
     if any(len(leaves) != 1 or leaves[0].implicit for leaves in uses):
         return False
     (product,), (added,) = uses
-    view = view_of(plan, plan.leaves.index(added), b) if added.variable != b else None
-    if not product.structured or added.structured or (added.variable != b and (view is None or view.factors)):
+    if not product.structured or added.structured:
+        return False
+    views = [
+        view_of(plan, plan.leaves.index(leaf), root) for leaf, root in ((product, w), (added, b)) if leaf.variable != root
+    ]
+    if any(view is None or view.factors for view in views):
+        return False
+    if added.variable != b and not _keeps_order(views[-1]):
+        return False
+    if plan.graph.avals[w].dtype != plan.graph.avals[b].dtype:
         return False
     if product.output == plan.graph.output:
         return False
@@ -68,6 +77,14 @@ def is_layer(plan: Plan, weight: int, bias: int) -> bool:
         and shapes[0] == shapes[1] == plan.graph.avals[readers[0].outputs[0]].shape
         and plan.graph.avals[b].size == plan.graph.avals[added.variable].size
     )
+
+
+def _keeps_order(view: View | None) -> bool:
+    """Whether a view's entries are in the order of the parameter's."""
+    if view is None:
+        return False
+    atoms = [atom for axis in view.axes for atom in axis if view.sizes[atom] > 1]
+    return atoms == sorted(atoms)
 
 
 def cross_block(

@@ -9,6 +9,7 @@ from jaxhess.operators.dense import Dense, Diagonal
 from jaxhess.operators.direct import Factorization
 from jaxhess.operators.extremes import ExtremesInfo, KroneckerGuess, extreme_eigenpairs, kronecker_guess
 from jaxhess.operators.full import FullHessian
+from jaxhess.operators.functions import NegativeCurvature
 from jaxhess.operators.gauss_newton import GaussNewtonBlock, GaussNewtonCrossBlock
 from jaxhess.operators.gauss_newton_full import GaussNewton
 from jaxhess.operators.implicit import ImplicitKroneckerSum
@@ -29,7 +30,6 @@ from jaxhess.operators.preconditioner import (
 from jaxhess.operators.preconditioning import preconditioner_of
 from jaxhess.operators.pullback import Pullback
 from jaxhess.operators.restricted import JointHessian, RestrictedHessian
-from jaxhess.operators.solvable import NegativeCurvature
 from jaxhess.operators.spectral import SpectralOperator
 
 __all__ = [

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import lineax as lx
 
 from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.operators.functions import late
 from jaxhess.operators.mapped import Inertia, count_signs, dense_eigvalsh, mapped_frobenius_norm
-from jaxhess.operators.solvable import Solvable, late
+from jaxhess.operators.solvable import Solvable
 from jaxhess.operators.support import (
     as_tags,
     check_operator_fits,

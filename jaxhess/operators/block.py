@@ -19,9 +19,9 @@ from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.base import CurvatureOperator, StructuredOperator, sum_of
 from jaxhess.operators.direct import Factorization
 from jaxhess.operators.eigen import select
+from jaxhess.operators.functions import NegativeCurvature
 from jaxhess.operators.mapped import Inertia
-from jaxhess.operators.paths import children_of, key_of, leaves_like, naming, spread, unwrapped
-from jaxhess.operators.solvable import NegativeCurvature
+from jaxhess.operators.paths import children_of, key_of, leaves_like, naming, paths_of, spread, unwrapped
 from jaxhess.operators.support import (
     as_tags,
     check_operator_fits,
@@ -108,7 +108,10 @@ class BlockDiagonal(StructuredOperator):
         """Factor every block: a `BlockDiagonal` of eigendecompositions, or with `damping`, one number or a tree of them, a
         `FactorizedBlocks` for that damping. Arguments and errors are those of `CurvatureOperator.factorize`, by block."""
         dampings = self._spread("factorize", damping)
-        factors = [operator.factorize(d, method=method) for operator, d in zip(self._operators(), dampings, strict=True)]
+        factors = []
+        for (path, operator), d in zip(self.items(), dampings, strict=True):
+            with naming(path):
+                factors.append(operator.factorize(d, method=method))
         blocks = self._unflatten(factors)
         return BlockDiagonal(blocks, self.tags) if damping is None else FactorizedBlocks(blocks)
 
@@ -140,7 +143,10 @@ class BlockDiagonal(StructuredOperator):
     def slogdet(self, damping: Any = 0.0) -> tuple[Array, Array]:
         """The sign of `det(H + damping I)` and the logarithm of its absolute value."""
         dampings = self._spread("slogdet", damping)
-        pairs = [operator.slogdet(d) for operator, d in zip(self._operators(), dampings, strict=True)]
+        pairs = []
+        for (path, operator), d in zip(self.items(), dampings, strict=True):
+            with naming(path):
+                pairs.append(operator.slogdet(d))
         return functools.reduce(jnp.multiply, [sign for sign, _ in pairs]), sum_of(value for _, value in pairs)
 
     def eigh(self, k: int | None = None, *, which: str = "magnitude", return_info: bool = False, **options: Any) -> Any:
@@ -196,9 +202,11 @@ class BlockDiagonal(StructuredOperator):
 
     def sample(self, key: Array, damping: Any = 0.0, shape: tuple[int, ...] = ()) -> PyTree:
         """Draws from the normal distribution with covariance `(H + damping I)^-1`, as `CurvatureOperator.sample`."""
-        dampings, operators = self._spread("sample", damping), self._operators()
-        keys = jax.random.split(key, len(operators))
-        draws = [operator.sample(k, d, shape) for operator, k, d in zip(operators, keys, dampings, strict=True)]
+        dampings = self._spread("sample", damping)
+        keys, draws = jax.random.split(key, len(dampings)), []
+        for (path, operator), k, d in zip(self.items(), keys, dampings, strict=True):
+            with naming(path):
+                draws.append(operator.sample(k, d, shape))
         return self._unflatten(draws)
 
     def negative_curvature_direction(self) -> NegativeCurvature:
@@ -286,25 +294,32 @@ class BlockDiagonal(StructuredOperator):
 @dataclasses.dataclass(frozen=True)
 class FactorizedBlocks:
     """A block-diagonal operator factored block by block for the dampings given; `H.factorize(damping)` makes it. `blocks`
-    has a `Factorization` (or an operator that holds its eigendecomposition) at each parameter."""
+    has a `Factorization` at each parameter."""
 
     blocks: PyTree
 
     def solve(self, vector: PyTree) -> PyTree:
         """`(H + damping I)^-1` times a tree of the parameters' structure. Raises `SingularError` with the block's path."""
         factors, treedef = jax.tree.flatten(self.blocks, is_leaf=_is_factored)
-        parts, given = jax.tree.flatten(vector)
-        if given != treedef:
-            raise InputError(f"FactorizedBlocks.solve: the vector's structure is {given}, the parameters' {treedef}")
-        return jax.tree.unflatten(treedef, [f.solve(part) for f, part in zip(factors, parts, strict=True)])
+        structure = jax.tree.unflatten(treedef, [f.reduction.columns.structure for f in factors])
+        parts, solutions = leaves_like("FactorizedBlocks.solve", structure, vector), []
+        for path, f, part in zip(paths_of(structure), factors, parts, strict=True):
+            with naming(path):
+                solutions.append(f.solve(part))
+        return jax.tree.unflatten(treedef, solutions)
 
     def logdet(self) -> Array:
         """`log |det(H + damping I)|`, the sum over the blocks."""
-        return sum_of(f.logdet() for f in jax.tree.leaves(self.blocks, is_leaf=_is_factored))
+        return self.slogdet()[1]
+
+    def slogdet(self) -> tuple[Array, Array]:
+        """The sign of `det(H + damping I)` and the logarithm of its absolute value."""
+        pairs = [f.slogdet() for f in jax.tree.leaves(self.blocks, is_leaf=_is_factored)]
+        return functools.reduce(jnp.multiply, [sign for sign, _ in pairs]), sum_of(value for _, value in pairs)
 
 
 def _is_factored(node: Any) -> bool:
-    return isinstance(node, Factorization | StructuredOperator)
+    return isinstance(node, Factorization)
 
 
 def _is_operator(node: Any) -> bool:

@@ -8,8 +8,9 @@ import lineax as lx
 
 from jaxhess._typing import Array
 from jaxhess.operators.base import StructuredOperator, sum_of
+from jaxhess.operators.functions import provides
 from jaxhess.operators.reduction import ravel
-from jaxhess.operators.solvable import Solvable, provides
+from jaxhess.operators.solvable import Solvable
 from jaxhess.operators.support import as_tags, check_operator_fits, describe
 
 __all__ = ["Damped"]

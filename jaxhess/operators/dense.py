@@ -141,8 +141,8 @@ class Diagonal(CurvatureOperator):
     def _eigen(self):
         return Eigen(Whole.of(self.in_structure()), None, self.values.reshape(-1), None, jnp.zeros((), self.values.dtype))
 
-    def _choose(self, method):
-        return ("eigh", "it is diagonal") if method == "auto" else (method, "")
+    def _held(self):
+        return "it is diagonal"
 
     def __repr__(self):
         return describe(self, f"values {shape_text(self.values)}")

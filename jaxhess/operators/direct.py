@@ -1,9 +1,11 @@
-"""Direct solves at one damping: a Cholesky or LU factorisation of the operator in its reduced space.
+"""Direct solves at one damping: the operator factored in its reduced space.
 
     positive semidefinite, λ > 0      M + λI = L L^T            k^3 / 3 multiplications
-    indefinite                        P (M + λI) = L U          2 k^3 / 3, where an eigendecomposition takes about 9 k^3
+    indefinite                        P (M + λI) = L U          2 k^3 / 3
+    diagonalised already              (M + λI) U = U (μ + λ)    none, where an eigendecomposition takes about 9 k^3
 
-That `H + λI` is not singular is seen by inverse iteration with the factors, which finds its eigenvalue nearest to zero.
+That `H + λI` is not singular is seen by inverse iteration with the factors, for a few vectors X at once. The eigenvalue
+nearest to zero is 1/σ, σ the largest in magnitude of those of `X^T (M + λI)^-1 X`, which is never too near to zero.
 """
 
 import dataclasses
@@ -15,15 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxhess._linalg import matmul
+from jaxhess._linalg import matmul, symmetrise
 from jaxhess._typing import Array, InputError, PyTree, SingularError
-from jaxhess.operators.eigen import refuse, rounding, singular_message
+from jaxhess.operators.eigen import Eigen, nearest_to_zero, refuse, rounding, singular_message
 from jaxhess.operators.paths import leaves_like
 from jaxhess.operators.reduction import Reduction
 
-__all__ = ["Factorization", "factored", "solution"]
+__all__ = ["Factorization", "diagonalised", "factored", "slogdet", "solution"]
 
 _STEPS = 4
+_VECTORS = 3
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +34,8 @@ _STEPS = 4
 class Factorization:
     """`H + damping I` factored once, for many solves; `H.factorize(damping)` makes it.
 
-    `eigenvalue` is that of H nearest to `-damping`, as inverse iteration sees it. For other dampings, take
+    `kind` is "cholesky", "lu" or "eigh"; `eigenvalue` is that of H nearest to `-damping`, as inverse iteration sees it but
+    for "eigh"; `singular` says whether their sum is zero to rounding, within `tolerance`. For other dampings, take
     `H.factorize()`, an eigendecomposition.
 
     >>> import jax.numpy as jnp
@@ -41,11 +45,12 @@ class Factorization:
     ([1.0, 1.0], 2.0794)
     """
 
-    reduction: Reduction
+    reduction: Reduction | Eigen
     factors: tuple[Array, ...]
     damping: Array
     eigenvalue: Array
     tolerance: Array
+    singular: Array
     kind: str = dataclasses.field(metadata={"static": True})
 
     def solve(self, vector: PyTree, damping: Any = None) -> PyTree:
@@ -64,57 +69,65 @@ class Factorization:
     def slogdet(self, damping: Any = None) -> tuple[Array, Array]:
         """The sign of `det(H + damping I)` and the logarithm of its absolute value, as `jnp.linalg.slogdet`."""
         self._check_damping(damping)
-        return _slogdet(self)
-
-    @property
-    def singular(self) -> Array:
-        """Whether `H + damping I` is singular to rounding, 0-d."""
-        lacking = self.reduction.columns.missing > 0 or self.reduction.sign is not None
-        inside = ~(jnp.abs(self.eigenvalue + self.damping) > self.tolerance)
-        return inside | ~(jnp.abs(self.damping) > 0) if lacking else inside
+        return slogdet(self)
 
     def checked(self, what: str) -> "Factorization":
         """Itself; raises `SingularError` where singular."""
         size = self.reduction.columns.size
 
         def message() -> str:
+            if self.kind == "cholesky" and (isinstance(self.eigenvalue, Tracer) or bool(jnp.isnan(self.eigenvalue))):
+                damping = "damping" if isinstance(self.damping, Tracer) else f"{float(self.damping):.6g}"
+                return (
+                    f"{what}: H + {damping} I ({size} x {size}) is not positive definite to rounding, so it has no Cholesky "
+                    f"factorisation: H has an eigenvalue of -{damping} or less, or is not finite. Take more damping, or "
+                    "method='lu' or 'eigh'."
+                )
             return singular_message(what, size, self.damping, self.eigenvalue, self.tolerance)
 
         return refuse(self.singular, SingularError, message, self)[0]
 
     def _check_damping(self, damping: Any) -> None:
         known = not isinstance(damping, Tracer) and not isinstance(self.damping, Tracer)
-        if damping is not None and (not known or float(damping) != float(self.damping)):
+        if damping is not None and (not known or bool(jnp.any(jnp.asarray(damping, self.damping.dtype) != self.damping))):
             raise InputError(
                 f"Factorization: H was factored at damping {self.damping}, not at {damping}. For several dampings hold an "
                 "eigendecomposition: factorize() without one."
             )
 
     def __repr__(self):
-        return f"Factorization({self.kind} of {self.reduction.matrix.shape[0]}^2 for {self.reduction.columns.size} unknowns)"
+        columns = self.reduction.columns
+        return f"Factorization({self.kind} of {columns.count}^2 for {columns.size} unknowns)"
 
 
 @jax.jit
 def solution(factored: Factorization, vector: PyTree) -> PyTree:
     """`(H + λI)^-1 x`, not checked to be regular."""
     vector = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), vector, factored.reduction.columns.structure)
+    if isinstance(factored.reduction, Eigen):
+        return factored.reduction.mapped(lambda values: 1 / (values + factored.damping)).product(vector)
     return factored.reduction.solution(vector, lambda c: _inner(factored.kind, factored.factors, c), factored.damping)
 
 
 @jax.jit
-def _slogdet(factored: Factorization) -> tuple[Array, Array]:
-    diagonal = jnp.diagonal(factored.factors[0])
-    if factored.kind == "cholesky":
-        sign, value = jnp.ones((), diagonal.dtype), 2 * jnp.sum(jnp.log(diagonal))
+def slogdet(factored: Factorization) -> tuple[Array, Array]:
+    """The sign and the logarithm of `|det(H + λI)|`; 0 and -inf where singular to rounding, NaN where not finite."""
+    held, damping, dtype = factored.reduction, factored.damping, factored.damping.dtype
+    rest = damping + held.rest if isinstance(held, Eigen) else damping
+    if isinstance(held, Eigen):
+        pivots, swaps, power = held.values + damping, 0, 1
+    elif factored.kind == "cholesky":
+        pivots, swaps, power = jnp.diagonal(factored.factors[0]), 0, 2
     else:
-        swaps = jnp.sum(factored.factors[1] != jnp.arange(diagonal.size))
-        sign = jnp.prod(jnp.sign(diagonal)) * jnp.where(swaps % 2 == 0, 1, -1)
-        value = jnp.sum(jnp.log(jnp.abs(diagonal)))
-    missing = factored.reduction.columns.missing
-    value = value + (missing * jnp.log(jnp.abs(factored.damping)) if missing else 0)
-    sign = sign * (jnp.sign(factored.damping) ** (missing % 2) if missing else 1)
-    singular = factored.singular
-    return jnp.where(singular, 0, sign).astype(diagonal.dtype), jnp.where(singular, -jnp.inf, value).astype(diagonal.dtype)
+        pivots, power = jnp.diagonal(factored.factors[0]), 1
+        swaps = jnp.sum(factored.factors[1] != jnp.arange(pivots.size))
+    sign = jnp.prod(jnp.sign(pivots)) * jnp.where(swaps % 2 == 0, 1, -1)
+    value = power * jnp.sum(jnp.log(jnp.abs(pivots)))
+    missing = held.columns.missing
+    if missing:
+        sign, value = sign * jnp.sign(rest) ** (missing % 2), value + missing * jnp.log(jnp.abs(rest))
+    zero = factored.singular & ~jnp.isnan(value)
+    return jnp.where(zero, 0, sign).astype(dtype), jnp.where(zero, -jnp.inf, value).astype(dtype)
 
 
 def _inner(kind: str, factors: tuple[Array, ...], c: Array) -> Array:
@@ -136,16 +149,36 @@ def _factored(reduction: Reduction, damping: Array, kind: str) -> Factorization:
         factors: tuple[Array, ...] = (jnp.linalg.cholesky(damped),)
     else:
         factors = jax.scipy.linalg.lu_factor(damped)
-    if k == 0:
-        zero = jnp.zeros((), dtype)
-        return Factorization(reduction, factors, damping, zero - damping + 1, zero, kind)
-    x = jax.random.normal(jax.random.key(0), (k,), dtype)
-    for _ in range(_STEPS):
-        x = _inner(kind, factors, x / jnp.linalg.norm(x))
-    nearest = jnp.vdot(x, matmul(damped, x)) / jnp.vdot(x, x)
-    # A pivot of exactly zero leaves infinities, a Cholesky factor of what is not positive definite NaN.
-    nearest = jnp.where(jnp.isfinite(nearest), nearest, 0)
+    lacking = reduction.columns.missing > 0 or reduction.sign is not None
     # The largest row sum of absolute values is at least the largest eigenvalue, and at most sqrt(k) times it.
-    largest = jnp.max(jnp.sum(jnp.abs(damped), axis=1)) / math.sqrt(k)
-    tolerance = rounding(k, dtype) * largest
-    return Factorization(reduction, factors, damping, nearest - damping, tolerance, kind)
+    largest = jnp.max(jnp.sum(jnp.abs(damped), axis=1), initial=0) / math.sqrt(max(k, 1))
+    tolerance = rounding(dtype) * largest
+    nearest = jnp.full((), jnp.inf, dtype) if k == 0 else _nearest(kind, factors, jnp.where(largest > 0, largest, 1))
+    # A pivot of exactly zero leaves infinities, a Cholesky factor of what is not positive definite NaN.
+    nearest = nearest if kind == "cholesky" else jnp.where(jnp.isnan(nearest) & jnp.isfinite(largest), 0, nearest)
+    singular = ~(jnp.abs(nearest) > tolerance)
+    if lacking:
+        singular = singular | ~(jnp.abs(damping) > 0)
+        nearest = jnp.where(jnp.abs(damping) < jnp.abs(nearest), damping, nearest)
+    return Factorization(reduction, factors, damping, nearest - damping, tolerance, singular, kind)
+
+
+def _nearest(kind: str, factors: tuple[Array, ...], scale: Array) -> Array:
+    """The eigenvalue nearest to zero, NaN where the factors are not finite or have a pivot of zero."""
+    size = factors[0].shape[0]
+    X = jax.random.normal(jax.random.key(0), (size, min(size, _VECTORS)), factors[0].dtype)
+    for _ in range(_STEPS):
+        X = jnp.linalg.qr(scale * _inner(kind, factors, X))[0]
+    if 2 * X.shape[1] <= size:  # where eigenvalues are as near on both sides of zero, X and its image span what X does not
+        X = jnp.linalg.qr(jnp.concatenate([X, scale * _inner(kind, factors, X)], axis=1))[0]
+    S = matmul(X.T, scale * _inner(kind, factors, X))
+    inverses = jnp.linalg.eigvalsh(symmetrise(jnp.where(jnp.isfinite(S), S, 0)))
+    return jnp.where(jnp.all(jnp.isfinite(S)), scale / inverses[jnp.argmax(jnp.abs(inverses))], jnp.nan)
+
+
+@jax.jit
+def diagonalised(eigen: Eigen, damping: Any) -> Factorization:
+    """The factorisation that an eigendecomposition is, for one damping; not checked to be regular."""
+    damping = jnp.asarray(damping, eigen.values.dtype)
+    nearest, singular, tolerance = nearest_to_zero(eigen, damping)
+    return Factorization(eigen, (), damping, nearest - damping, tolerance, singular, "eigh")

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxhess._linalg import matmul
 from jaxhess._typing import Array, InputError, PyTree, SingularError
 from jaxhess.operators.mapped import Inertia, count_signs
+from jaxhess.operators.paths import within
 from jaxhess.operators.reduction import Columns, Reduction, ravel, unravel
 
 __all__ = [
@@ -67,7 +68,7 @@ class Eigen:
         """Which eigenvectors there are, (k,)."""
         if self.norms is None:
             return jnp.ones(self.values.shape, bool)
-        return self.norms > self.columns.size * jnp.finfo(self.values.dtype).eps * jnp.max(self.norms, initial=0)
+        return self.norms > rounding(self.values.dtype) * jnp.max(self.norms, initial=0)
 
     def rotated(self, coefficients: Array) -> Array:
         """Of the columns, from those of the eigenvectors."""
@@ -186,7 +187,7 @@ def select(values: Array, there: Array, count: int, which: str) -> Array:
 def refuse(wrong: Array, error: type[Exception], message: Callable[[], str], *arrays: Any) -> Any:
     """`arrays`, or `error` where `wrong`: at once where that is known, when it runs where it is traced."""
     if isinstance(wrong, Tracer):
-        return eqx.error_if(arrays, wrong, message())
+        return eqx.error_if(arrays, wrong, within() + message())
     if bool(wrong):
         raise error(message())
     return arrays

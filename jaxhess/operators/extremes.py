@@ -8,20 +8,12 @@ V grows by the b largest residuals (Krylov's directions), or by `(K - θ)^-1 r` 
 1986), until it is full; then it is rotated onto its best Ritz vectors (thick restart; Wu & Simon 2000). No product is ever
 repeated: W is kept, and every vector multiplied stays in the search space.
 
-The error of an eigenvalue is bounded by its residual and, for each group a..b of neighbouring Ritz values that holds it and
-lies apart from the others, by a quadratic of the group's residuals (Mathias 1998, Kato 1949):
-
-    |λ_i - θ_i| <= ||r_i||        |λ_i - θ_i| <= sum_{l=a..b} ||r_l||^2 / δ
-    δ = min(θ_a - θ_{a-1} - ||r_{a-1}||,  θ_{b+1} - θ_b - ||r_{b+1}||)
-
-so repeated and clustered eigenvalues converge as the well separated ones do. One guard pair beyond the wanted ones on
-either side closes the last group.
+One guard pair or more beyond the wanted ones close the last group of the error bounds, which `ritz.py` states.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +22,21 @@ import numpy as np
 from jaxhess._linalg import matmul, symmetrise
 from jaxhess._typing import Array, Float, InputError, PyTree
 from jaxhess.operators.layout import Layout
-
-Which = Literal["magnitude", "largest", "smallest", "both"]
+from jaxhess.operators.ritz import (
+    RowSpace,
+    Which,
+    bounds,
+    count_smallest,
+    extreme_of_sorted,
+    extreme_positions,
+    noise,
+    orthonormal,
+    unit_rows,
+)
 
 _STEPS = 8  # blocks that the search space takes up before it is restarted
 _START_NOISE = 0.05
-_ENOUGH = 0.1  # of the squares of directions left by projections: else rounding shows
+_DENSE = 256  # size up to which all columns are taken, whatever k
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +75,7 @@ class KroneckerGuess:
             raise InputError(
                 f"KroneckerGuess.start: asked for {count} eigenvectors of a {products.size} x {products.size} matrix"
             )
-        chosen = _extreme_positions(products, count, which)
+        chosen = extreme_positions(products, count, which)
         i, j = chosen // self.columns.size, chosen % self.columns.size
         outer = self.row_vectors.T[i][:, :, None] * self.column_vectors.T[j][:, None, :]
         return jax.vmap(self.layout.from_matrix)(outer)
@@ -113,7 +114,8 @@ def kronecker_guess(A: Float[Array, "m m"], B: Float[Array, "n n"], layout: Layo
         raise InputError(
             f"kronecker_guess: A and B belong to a {m} x {n} matrix, the layout describes {layout.m} x {layout.n}"
         )
-    return KroneckerGuess(*jnp.linalg.eigh(A), *jnp.linalg.eigh(B), layout)
+    (rows, row_vectors), (columns, column_vectors) = jnp.linalg.eigh(A), jnp.linalg.eigh(B)
+    return KroneckerGuess(rows, row_vectors, columns, column_vectors, layout)
 
 
 def kronecker_start(A: Float[Array, "m m"], B: Float[Array, "n n"], k: int, which: Which = "magnitude") -> Array:
@@ -148,7 +150,7 @@ def extreme_eigenpairs(
     errors are bounds on the distance to the operator's nearest eigenvalues; that none of the extreme ones was passed over
     is, as with every method that uses products only, a matter of the random part of the start.
 
-    Where N is as small as the search space (about 8 k), the dense matrix is taken, from N products. Memory is about
+    Where N is at most 256 or the search space (about 8 k), the dense matrix is taken, from N products. Memory is about
     16 k N numbers. Raises `InputError` for k out of range, an unknown `which`, `max_products` too small to begin with or a
     start of the wrong shape.
 
@@ -191,14 +193,14 @@ def _plan(operator: Any, k: int, which: Which, max_products: int | None, start: 
     if not 1 <= k <= N:
         raise InputError(f"extreme_eigenpairs: k must be between 1 and the operator's size {N}, got {k}")
     budget = 100 * (k + 10) if max_products is None else max_products
-    guard = 1 if k >= 8 else 2
+    guard = 1 if k >= 8 else 3
     guards = (0 if which == "largest" else guard, 0 if which == "smallest" else guard)
     wanted = k + sum(guards)
-    block = min(wanted, max(4, min(32, 4 * -(-k // 5))))
+    block = min(wanted, max(8, min(32, 4 * -(-k // 5))))
     given = 0 if start is None or _is_key(start) or isinstance(start, KroneckerGuess) else _rows_of(operator, start)
     first = max(wanted, 2 * block, -(-3 * k // 2), given)
     full = first + _STEPS * block
-    if min(full, budget) >= N:
+    if min(max(full, _DENSE), budget) >= N:
         return _Plan(k, which, guards, N, block, 0, budget, True)
     if budget < wanted:
         raise InputError(f"extreme_eigenpairs: {k} eigenpairs need max_products >= {min(wanted, N)}, got {budget}")
@@ -223,34 +225,12 @@ def _rows_of(operator: Any, start: Any) -> int:
     return rows
 
 
-class _Space(NamedTuple):
-    """Shapes of the operator's vectors, to and from rows (b, N) of one array."""
-
-    leaves: list[Any]
-    structure: Any
-    dtype: Any
-
-    @classmethod
-    def of(cls, operator: Any) -> "_Space":
-        leaves, structure = jax.tree.flatten(operator.in_structure())
-        return cls(leaves, structure, jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves)))
-
-    def rows(self, vectors: PyTree) -> Array:
-        flat = [leaf.reshape(leaf.shape[0], -1).astype(self.dtype) for leaf in jax.tree.leaves(vectors)]
-        return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-
-    def vectors(self, rows: Array) -> PyTree:
-        ends = np.cumsum([math.prod(leaf.shape) for leaf in self.leaves])[:-1].tolist()
-        parts = jnp.split(rows, ends, axis=1) if ends else [rows]
-        shaped = [part.reshape(-1, *leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, self.leaves, strict=True)]
-        return jax.tree.unflatten(self.structure, shaped)
-
-
 class _State(NamedTuple):
     V: Array  # (capacity, N), rows from `sizes[step]` on not yet in use
     W: Array
     T: Array
     Y: Array  # (b, N), the orthonormal directions to multiply next
+    pending: Array  # whether Y is still to be multiplied
     step: Array
     products: Array
     found: "_Found"
@@ -273,7 +253,7 @@ class _Found(NamedTuple):
 
 
 def _solution(operator: Any, tolerance: Any, start: Any, plan: _Plan) -> tuple[Array, PyTree, ExtremesInfo]:
-    space = _Space.of(operator)
+    space = RowSpace.of(operator)
 
     def multiply(rows: Array) -> Array:
         return space.rows(jax.vmap(operator.mv)(space.vectors(rows)))
@@ -293,13 +273,14 @@ _compiled_solution = jax.jit(_solution, static_argnums=3)
 def _dense_pairs(multiply: Callable[[Array], Array], plan: _Plan, N: int, dtype: Any, tolerance: Any) -> _Found:
     H = symmetrise(multiply(jnp.eye(N, dtype=dtype)))
     values, vectors = jnp.linalg.eigh(H)
-    chosen = _extreme_of_sorted(values, plan.k, plan.which)
+    chosen = extreme_of_sorted(values, plan.k, plan.which)
     scale = jnp.max(jnp.abs(values), initial=0)
-    error = jnp.full(plan.k, N * jnp.finfo(dtype).eps, dtype) * scale
-    return _Found(values[chosen], vectors.T[chosen], error, jnp.all(error <= tolerance * scale))
+    values, X = values[chosen], vectors.T[chosen]
+    error = jnp.linalg.norm(matmul(X, H) - values[:, None] * X, axis=1) + 10 * jnp.finfo(dtype).eps * scale
+    return _Found(values, X, error, jnp.all(error <= tolerance * scale))
 
 
-def _search(multiply: Callable, plan: _Plan, N: int, space: _Space, tolerance: Any, start: Any) -> tuple[_Found, Array]:
+def _search(multiply: Callable, plan: _Plan, N: int, space: RowSpace, tolerance: Any, start: Any) -> tuple[_Found, Array]:
     p, b, P, dtype = plan.first, plan.block, plan.capacity, space.dtype
     guess = start if isinstance(start, KroneckerGuess) else None
 
@@ -308,47 +289,57 @@ def _search(multiply: Callable, plan: _Plan, N: int, space: _Space, tolerance: A
 
     branches = [ritz(size) for size in plan.sizes]
 
-    def analysed(V: Array, W: Array, T: Array, step: Array, products: Array) -> _State:
-        pairs = jax.lax.switch(step, branches, V, W, T)
-        found, worst = _assessed(plan, pairs, tolerance)
-        R, theta = pairs.R[worst], pairs.values[worst]
-        if guess is not None:
-            R = space.rows(guess.directions(space.vectors(R), theta))
-        Y = _orthonormal(_unit_rows(R), V, p + step * b, products)
-        return _State(V, W, pairs.T, Y, step, products, found)
-
     def body(state: _State) -> _State:
         # A loop of one turn or none, and not a `cond`: it leaves V and W where they are.
-        state = jax.lax.while_loop(lambda s: s.step == plan.steps, lambda s: _restarted(plan, s), state)
+        state = jax.lax.while_loop(lambda s: s.pending & (s.step == plan.steps), lambda s: _restarted(plan, s), state)
+        Y = state.Y
+        HY = jax.lax.cond(state.pending, multiply, lambda Y: Y, Y)
         at = (p + state.step * b, jnp.zeros_like(state.step))
-        V = jax.lax.dynamic_update_slice(state.V, state.Y, at)
-        W = jax.lax.dynamic_update_slice(state.W, multiply(state.Y), at)
-        return analysed(V, W, state.T, state.step + 1, state.products + b)
+        new = state.pending.astype(state.step.dtype)
+        state = state._replace(
+            V=jax.lax.dynamic_update_slice(state.V, Y, at),
+            W=jax.lax.dynamic_update_slice(state.W, HY, at),
+            step=state.step + new,
+            products=state.products + new * b,
+        )
+        pairs = jax.lax.switch(state.step, branches, state.V, state.W, state.T)
+        found, worst = _assessed(plan, pairs, tolerance)
+
+        def directions() -> Array:
+            R, theta = pairs.R[worst], pairs.values[worst]
+            if guess is not None:
+                R = space.rows(guess.directions(space.vectors(R), theta))
+            return orthonormal(unit_rows(R), state.V, p + state.step * b, state.products)
+
+        Y = jax.lax.cond(found.converged, lambda: Y, directions)
+        return state._replace(T=pairs.T, Y=Y, pending=jnp.asarray(True), found=found)
 
     def unfinished(state: _State) -> Array:
-        return ~state.found.converged & (state.products + b <= plan.budget)
+        return ~state.pending | (~state.found.converged & (state.products + b <= plan.budget))
 
-    V = _orthonormal(_unit_rows(_first_block(plan, N, space, start)), jnp.zeros((0, N), dtype), jnp.asarray(0), 1)
+    V = orthonormal(unit_rows(_first_block(plan, N, space, start)), jnp.zeros((0, N), dtype), jnp.asarray(0), 1)
     W = multiply(V)
     T = jnp.zeros((P, P), dtype).at[:p, :p].set(symmetrise(matmul(V, W.T)))
     V, W = (jnp.zeros((P, N), dtype).at[:p].set(rows) for rows in (V, W))
     if plan.steps == 0:
-        found, _ = _assessed(plan, branches[0](V, W, T), tolerance)
-        return found, jnp.asarray(p, jnp.int32)
-    final = jax.lax.while_loop(unfinished, body, analysed(V, W, T, jnp.asarray(0, jnp.int32), jnp.asarray(p, jnp.int32)))
+        return _assessed(plan, branches[0](V, W, T), tolerance)[0], jnp.asarray(p, jnp.int32)
+    nothing = _Found(jnp.zeros(plan.k, dtype), jnp.zeros((plan.k, N), dtype), jnp.zeros(plan.k, dtype), jnp.asarray(False))
+    zero, no = jnp.asarray(0, jnp.int32), jnp.asarray(False)
+    state = _State(V, W, T, jnp.zeros((b, N), dtype), no, zero, jnp.asarray(p, jnp.int32), nothing)
+    final = jax.lax.while_loop(unfinished, body, state)
     return final.found, final.products
 
 
-def _first_block(plan: _Plan, N: int, space: _Space, start: Any) -> Array:
+def _first_block(plan: _Plan, N: int, space: RowSpace, start: Any) -> Array:
     if _is_key(start):
         return jax.random.normal(start, (plan.first, N), space.dtype)
-    noise = _noise(plan.first, N, 0, space.dtype)
+    added = noise(plan.first, N, 0, space.dtype)
     if start is None:
-        return noise
+        return added
     if isinstance(start, KroneckerGuess):
         start = start.start(plan.first, plan.which)
     given = space.rows(start)[: plan.first]
-    return (_START_NOISE * noise).at[: given.shape[0]].add(_unit_rows(given))
+    return (_START_NOISE * added).at[: given.shape[0]].add(unit_rows(given))
 
 
 def _ritz(plan: _Plan, p: int, V: Array, W: Array, T: Array) -> _Pairs:
@@ -357,7 +348,7 @@ def _ritz(plan: _Plan, p: int, V: Array, W: Array, T: Array) -> _Pairs:
     new = matmul(W[p - b : p], V[:p].T)
     T = T.at[p - b : p, :p].set(new).at[:p, p - b : p].set(new.T)
     theta, S = jnp.linalg.eigh(symmetrise(T[:p, :p]))
-    smallest = jnp.asarray(_count_smallest(theta, plan.k, plan.which), jnp.int32)
+    smallest = jnp.asarray(count_smallest(theta, plan.k, plan.which), jnp.int32)
     i = jnp.arange(K)
     chosen = jnp.where(i < smallest + plan.guards[0], i, i + p - K)
     values, S = theta[chosen], S[:, chosen].T
@@ -374,7 +365,7 @@ def _assessed(plan: _Plan, pairs: _Pairs, tolerance: Any) -> tuple[_Found, Array
     norms = jnp.sqrt(jnp.sum(pairs.R**2, axis=1))
     # What the bounds take for granted, orthonormal Ritz vectors, holds up to rounding only.
     defect = jnp.max(jnp.sum(jnp.abs(matmul(X, X.T) - jnp.eye(values.size, dtype=X.dtype)), axis=1))
-    error = _bounds(values, norms, smallest + low) + (defect + 10 * jnp.finfo(X.dtype).eps) * scale
+    error = bounds(values, norms, smallest + low) + (defect + 10 * jnp.finfo(X.dtype).eps) * scale
     j = jnp.arange(k)
     wanted = jnp.where(j < smallest, j, j + low + high)
     found = _Found(values[wanted], X[wanted], error[wanted], jnp.all(error[wanted] <= tolerance * scale))
@@ -384,111 +375,13 @@ def _assessed(plan: _Plan, pairs: _Pairs, tolerance: Any) -> tuple[_Found, Array
     return found, jax.lax.top_k(jnp.where(idle, -1, norms), plan.block)[1]
 
 
-def _bounds(values: Array, norms: Array, hole: Array) -> Array:
-    """The bound on each error: its residual's norm, or the least quadratic one of the groups a..b it belongs to.
-
-    `values` are ascending; between those before and those from `hole` on, there may be others, unknown.
-    """
-    K = values.size
-    infinite = jnp.full(1, jnp.inf, values.dtype)
-    outer = jnp.arange(K) == hole
-    below = jnp.concatenate([infinite, values[1:] - values[:-1] - norms[:-1]])
-    above = jnp.concatenate([values[1:] - values[:-1] - norms[1:], infinite])
-    below, above = jnp.where(outer, 0, below), jnp.where(jnp.arange(K) == hole - 1, 0, above)
-    a, b = jnp.arange(K)[:, None], jnp.arange(K)[None, :]
-    apart = jnp.minimum(below[:, None], above[None, :])
-    sums = jnp.concatenate([jnp.zeros(1, values.dtype), jnp.cumsum(norms**2)])
-    group = jnp.maximum(sums[None, 1:] - sums[:-1, None], jnp.maximum(norms[:, None], norms[None, :]) ** 2)
-    allowed = (a <= b) & (apart > 0) & ((a >= hole) | (b < hole))
-    quadratic = jnp.where(allowed, group / jnp.where(allowed, apart, 1), jnp.inf)
-    least = jax.lax.cummin(jax.lax.cummin(quadratic, axis=0), axis=1, reverse=True)
-    return jnp.minimum(norms, jnp.diagonal(least))
-
-
 def _restarted(plan: _Plan, state: _State) -> _State:
     """The full space rotated onto its best Ritz vectors; the directions Y stay what they are."""
     step = plan.steps // 3
     kept = plan.sizes[step]
     theta, S = jnp.linalg.eigh(symmetrise(state.T))
-    chosen = _extreme_of_sorted(theta, kept, plan.which)
+    chosen = extreme_of_sorted(theta, kept, plan.which)
     S = S[:, chosen].T
     V, W = (rows.at[:kept].set(matmul(S, rows)) for rows in (state.V, state.W))
     T = jnp.zeros_like(state.T).at[:kept, :kept].set(jnp.diag(theta[chosen]))
     return state._replace(V=V, W=W, T=T, step=jnp.asarray(step, jnp.int32))
-
-
-def _orthonormal(D: Array, V: Array, used: Array, seed: Any) -> Array:
-    """Rows that span those of D, unit ones, orthonormal and orthogonal to the first `used` rows of V.
-
-    A round is a projection, a Gram matrix and its Cholesky factor. One does where D is far enough from V and from
-    dependence, else there is another. Where D has no independent rows left, noise is put in: it keeps the smallest
-    eigenvalue of the Gram matrix above the shift of the diagonal.
-    """
-    b, shift = D.shape[0], jnp.finfo(D.dtype).eps ** 0.8
-
-    def one_round(D: Array) -> tuple[Array, Array]:
-        if V.shape[0]:
-            D = D - matmul(jnp.where(jnp.arange(V.shape[0])[None, :] < used, matmul(D, V.T), 0), V)
-        gram = symmetrise(matmul(D, D.T))
-        left = jnp.diagonal(gram)
-        scale = jax.lax.rsqrt(jnp.where(left > 0, left, 1))
-        identity = jnp.eye(b, dtype=D.dtype)
-        factor = gram * scale[:, None] * scale[None, :]
-        L = jnp.linalg.cholesky(factor)
-        L = jnp.where(jnp.all(jnp.isfinite(L)), L, jnp.linalg.cholesky(factor + shift * identity))
-        quality = jnp.nan_to_num(jnp.min(left) * jnp.min(jnp.diagonal(L)) ** 2)
-        return matmul(jax.lax.linalg.triangular_solve(L, identity, left_side=True, lower=True) * scale[None, :], D), quality
-
-    def another(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        cleaned, quality, rounds = state
-        noisy = _unit_rows(D + shift**0.5 * 10.0**rounds * _noise(b, D.shape[1], seed, D.dtype))
-        return *one_round(jnp.where(quality > shift / 100, cleaned, noisy)), rounds + 1
-
-    def doubtful(state: tuple[Array, Array, Array]) -> Array:
-        return (state[1] < _ENOUGH) & (state[2] < 6)
-
-    return jax.lax.while_loop(doubtful, another, (*one_round(D), jnp.zeros((), D.dtype)))[0]
-
-
-def _unit_rows(rows: Array) -> Array:
-    norms = jnp.sqrt(jnp.sum(rows**2, axis=1, keepdims=True))
-    return rows / jnp.where(norms > 0, norms, 1)
-
-
-def _noise(rows: int, N: int, seed: Any, dtype: Any) -> Array:
-    """Rows of norm about one from a hash of their position: drawing normal numbers would take longer than a step."""
-
-    def mixed(h: Array) -> Array:
-        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-        return h ^ (h >> 16)
-
-    row = mixed(
-        jnp.arange(rows, dtype=jnp.uint32) + jnp.asarray(seed).astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(1)
-    )
-    h = mixed(mixed(jnp.arange(N, dtype=jnp.uint32))[None, :] ^ row[:, None])
-    return (h.astype(dtype) * 2.0**-31 - 1) * math.sqrt(3 / N)
-
-
-def _count_smallest(theta: Array, k: int, which: Which) -> Any:
-    """How many of the k extreme ones of the ascending `theta` are at its lower end."""
-    if which != "magnitude":
-        return {"largest": 0, "smallest": k, "both": k // 2}[which]
-    # The i-th smallest is taken if it is larger in magnitude than what would be taken in its place at the other end.
-    return jnp.sum(-theta[:k] > theta[theta.size - k :])
-
-
-def _extreme_of_sorted(theta: Array, k: int, which: Which) -> Array:
-    """The positions, ascending, of the k extreme ones of the ascending `theta`."""
-    i = jnp.arange(k)
-    return jnp.where(i < _count_smallest(theta, k, which), i, i + theta.size - k)
-
-
-def _extreme_positions(values: Array, k: int, which: Which) -> Array:
-    """The positions of the k extreme ones of unsorted values, in no particular order."""
-    if which == "both":
-        low, high = (
-            _extreme_positions(values, count, side) for count, side in ((k // 2, "smallest"), (k - k // 2, "largest"))
-        )
-        return jnp.concatenate([low, high])
-    return jax.lax.top_k({"magnitude": jnp.abs(values), "largest": values, "smallest": -values}[which], k)[1]

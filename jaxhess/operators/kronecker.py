@@ -112,8 +112,8 @@ class KroneckerProduct(CurvatureOperator):
     def _eigen(self):
         return _product_eigen(self)
 
-    def _choose(self, method):
-        return ("eigh", "its factors are diagonalised") if method == "auto" else (method, "")
+    def _held(self):
+        return "its factors are diagonalised"
 
     def __repr__(self):
         return describe(self, f"A {shape_text(self.A)}", f"B {shape_text(self.B)}")

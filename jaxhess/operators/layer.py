@@ -4,11 +4,13 @@ H = (1/r) sum_i kron(Q_i, (z_i, 1) (z_i, 1)^T)            (math: sections 2 and 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax.core import Tracer
 
 from jaxhess._typing import Array, InputError
 from jaxhess.operators.base import StructuredOperator
@@ -48,9 +50,9 @@ class _Places:
 class LayerBlock(Solvable, StructuredOperator):
     """The block over a tree of two leaves, a weight read by `layout` as (m, n) and a bias of m entries.
 
-    `terms` is the operator on [W b], of m x (n + 1). Vectors are trees like `structure`; `bias_first` says that the bias is
-    its first leaf. Everything exact in the reduced space costs what it does for the weight alone. `FullHessian.joint` makes
-    it, where the error sees the two only as `W z + b`. Raises `InputError` if the shapes do not fit.
+    `terms` is the operator on [W b], of m x (n + 1); `LayerBlock.of` says how the tree is read as that. Everything exact in
+    the reduced space costs what it does for the weight alone. `FullHessian.joint` makes it, where the error sees the two
+    only as `W z + b`.
 
     >>> import jax.numpy as jnp, jaxhess
     >>> def error(p, x):
@@ -64,14 +66,21 @@ class LayerBlock(Solvable, StructuredOperator):
     terms: KroneckerProductSum
     places: _Places = dataclasses.field(metadata={"static": True})
 
-    def __init__(self, terms: KroneckerProductSum, layout: Layout, structure: Any, bias_first: bool, tags: Any = ()):
+    def __init__(self, terms: KroneckerProductSum, places: _Places, tags: Any = ()):
+        self.terms, self.places = terms, places
+        self.tags = as_tags(tags) | {lx.symmetric_tag}
+
+    @classmethod
+    def of(cls, terms: KroneckerProductSum, layout: Layout, structure: Any, *, bias_first: bool) -> "LayerBlock":
+        """The block of `terms`, for vectors like `structure`. Raises `InputError` if the shapes do not fit."""
         leaves, treedef = jax.tree.flatten(structure)
         shapes = [leaf.shape for leaf in leaves]
         if len(leaves) != 2 or (terms.layout.m, terms.layout.n) != (layout.m, layout.n + 1):
             raise InputError(f"LayerBlock: [W b] of {terms.layout.m} x {terms.layout.n} does not fit leaves of {shapes}")
-        bias = shapes[0 if bias_first else 1]
-        self.terms, self.places = terms, _Places(treedef, tuple(bias), layout, bias_first)
-        self.tags = as_tags(tags) | {lx.symmetric_tag}
+        bias, weight = shapes if bias_first else shapes[::-1]
+        if math.prod(bias) != layout.m or tuple(weight) != layout.shape:
+            raise InputError(f"LayerBlock: a weight of {layout.shape} with {layout.m} rows does not fit leaves of {shapes}")
+        return cls(terms, _Places(treedef, tuple(bias), layout, bias_first))
 
     def in_structure(self):
         dtype = self.terms.Q.dtype
@@ -127,6 +136,14 @@ class LayerBlock(Solvable, StructuredOperator):
     def _reduction(self):
         reduction = self.terms._reduction()
         return dataclasses.replace(reduction, columns=_LayerColumns(reduction.columns, self.places))
+
+    def _absorb(self, dampings):
+        if not all(isinstance(d, Tracer) or d > 0 for d in dampings):
+            return super()._absorb(dampings)
+        scales = [1 / jnp.sqrt(jnp.asarray(d, self.terms.Z.dtype)) for d in dampings]
+        of_bias, of_weight = scales if self.places.bias_first else scales[::-1]
+        Z = jnp.concatenate([of_weight * self.terms.Z[:, :-1], of_bias * self.terms.Z[:, -1:]], axis=1)
+        return dataclasses.replace(self, terms=dataclasses.replace(self.terms, Z=Z)), 1.0, scales
 
     def _per_example(self, function, what):
         return dataclasses.replace(

@@ -14,11 +14,11 @@ import lineax as lx
 
 from jaxhess._typing import Array, Float, InputError
 from jaxhess.operators.base import CurvatureOperator
+from jaxhess.operators.functions import provides
 from jaxhess.operators.kronecker import KroneckerProduct, KroneckerProductSum
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.mapped import require_symmetric
 from jaxhess.operators.rearranged import mean_of_sum, nearest_to_dense, nearest_to_sum
-from jaxhess.operators.solvable import provides
 from jaxhess.operators.support import check_operator_fits
 
 __all__ = ["KroneckerApproximation", "mean_kronecker", "nearest_kronecker"]

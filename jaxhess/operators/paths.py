@@ -1,6 +1,7 @@
 """Where a parameter is in a tree, and how the keys of two of them lead to a block between them."""
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,21 @@ import jax.numpy as jnp
 
 from jaxhess._typing import DenseTooLargeError, InputError, NotConvergedError, PyTree, SingularError
 
-__all__ = ["Selection", "below", "children_of", "find", "key_of", "leaves_like", "naming", "paths_of", "spread", "unwrapped"]
+__all__ = [
+    "Selection",
+    "below",
+    "children_of",
+    "find",
+    "key_of",
+    "leaves_like",
+    "naming",
+    "paths_of",
+    "spread",
+    "unwrapped",
+    "within",
+]
+
+_WITHIN: contextvars.ContextVar[str] = contextvars.ContextVar("within", default="")
 
 IsLeaf = Callable[[Any], bool] | None
 
@@ -111,11 +126,19 @@ def spread(what: str, damping: Any, structure: PyTree) -> list[Any]:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Errors from within say which block they are about."""
+    """Errors from within say which block they are about, those of compiled code too."""
+    token = _WITHIN.set(f"{within()}block {path!r}: ")
     try:
         yield
     except (InputError, DenseTooLargeError, SingularError, NotConvergedError) as error:
         raise type(error)(f"block {path!r}: {error}") from error
+    finally:
+        _WITHIN.reset(token)
+
+
+def within() -> str:
+    """How messages begin that are made now and raised later."""
+    return _WITHIN.get()
 
 
 def children_of(node: Any, is_leaf: IsLeaf = None) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from jaxhess.operators.base import StructuredOperator
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.dense import Dense, Diagonal
 from jaxhess.operators.full import FullHessian
+from jaxhess.operators.functions import provides
 from jaxhess.operators.gauss_newton import GaussNewtonBlock
 from jaxhess.operators.gauss_newton_full import GaussNewton
 from jaxhess.operators.kronecker import KroneckerProduct, KroneckerProductSum
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.paths import spread
 from jaxhess.operators.preconditioner import block_preconditioner, kronecker_preconditioner
-from jaxhess.operators.solvable import provides
 
 __all__ = ["preconditioner_of"]
 

@@ -179,8 +179,8 @@ def unravel(structure: PyTree, flat: Array) -> PyTree:
 
 
 def flat_dtype(structure: PyTree) -> Any:
-    """The dtype of `ravel`'s result."""
-    return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(structure)))
+    """The dtype of `ravel`'s result, float32 at least."""
+    return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(structure)))
 
 
 def dense_reduction(operator: Any) -> Reduction:

@@ -9,9 +9,9 @@ import lineax as lx
 from jaxhess._typing import Array
 from jaxhess.operators.base import CurvatureOperator
 from jaxhess.operators.eigen import Eigen
+from jaxhess.operators.functions import provides
 from jaxhess.operators.paths import leaves_like
 from jaxhess.operators.reduction import unravel
-from jaxhess.operators.solvable import provides
 from jaxhess.operators.support import as_scalar, as_tags, check_operator_fits, describe, scaled_tags
 
 __all__ = ["SpectralOperator"]
@@ -84,8 +84,11 @@ class SpectralOperator(CurvatureOperator):
         return self.eigen.inertia(tolerance)
 
     def factorize(self, damping: Any = None, *, method: str = "auto") -> Any:
-        """Itself: it is factored, whatever the damping."""
-        return self
+        """Itself, as it is factored; with `damping`, a `Factorization` for that."""
+        return self if damping is None else super().factorize(damping, method=method)
+
+    def _plus(self, other):
+        return super()._plus(other) if isinstance(self.in_structure(), jax.ShapeDtypeStruct) else None
 
     def _eigen(self):
         return self.eigen
@@ -93,8 +96,8 @@ class SpectralOperator(CurvatureOperator):
     def _reduced_size(self):
         return self.eigen.columns.count
 
-    def _choose(self, method):
-        return ("eigh", "the eigendecomposition is held") if method == "auto" else (method, "")
+    def _held(self):
+        return "the eigendecomposition is held"
 
     def __repr__(self):
         return describe(self, f"{self.eigen.values.size} eigenpairs")

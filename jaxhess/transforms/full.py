@@ -63,7 +63,8 @@ class _OfFunction(Readings):
             terms = _of_layer(self.fun, *point, self.examples, self.batch_size, weight, bias).tree
             if terms is not None:
                 Z = jnp.concatenate([terms.Z, jnp.ones((self.examples, 1), terms.Z.dtype)], axis=1)
-                return LayerBlock(KroneckerProductSum(terms.Q, Z), terms.layout, structure, bias_first=bias == places[0])
+                joint = KroneckerProductSum(terms.Q, Z)
+                return LayerBlock.of(joint, terms.layout, structure, bias_first=bias == places[0])
         return None
 
     def block(self, point: Any, row: int, column: int) -> StructuredOperator | None:

@@ -21,7 +21,7 @@ from jaxhess.operators.kronecker import KroneckerProduct, KroneckerProductSum
 from jaxhess.operators.layout import Layout
 
 ALL = ("magnitude", "largest", "smallest", "both")
-N, K = 150, 5
+N, K = 300, 5
 TRACES = itertools.count()
 
 
@@ -63,13 +63,13 @@ def spectrum(name):
         "indefinite": bulk,
         "repeated": np.concatenate([np.full(9, 4.0), np.full(9, -4.0), bulk[18:]]),
         "rank-deficient": np.concatenate([[3.0, 1.0, 0.5], np.zeros(N - 3)]),
-        "definite": bulk**2 + 1e-3,
+        "definite": np.exp(bulk),
         "zero": np.zeros(N),
         "identity": np.ones(N),
     }[name]
 
 
-def operator_of(values, dtype=np.float64, tree=False):
+def operator_of(values, dtype: type = np.float64, tree=False):
     return Spectrum(jnp.asarray(values, dtype), jnp.asarray(orthogonal(len(values)), dtype), tree)
 
 
@@ -111,7 +111,7 @@ def test_eigenpairs_of_every_spectrum(which):
         operator = operator_of(spectrum(name))
         result = solve(operator)
         check(operator, operator.values, K, which, result)
-        assert int(result[2].products) < 10 * N, name
+        assert int(result[2].products) < 1500, name
 
 
 def test_tight_tolerance_takes_restarts_to_rounding():
@@ -128,10 +128,10 @@ def test_trees_float32_and_a_second_call_without_tracing():
     assert result[1]["w"].shape == (K, N // 10, 5)
     assert result[1]["b"].dtype == result[0].dtype == jnp.float32
     check(operator, operator.values, K, "magnitude", result, tolerance=2e-5)
-    traced = next(TRACES)
+    before = next(TRACES)
     other = dataclasses.replace(operator, values=2 * operator.values)
     check(other, other.values, K, "magnitude", extreme_eigenpairs(other, K), tolerance=2e-5)
-    assert next(TRACES) == traced + 1
+    assert next(TRACES) == before + 1  # mv was not traced again
 
 
 @pytest.mark.parametrize(("size", "k"), [(1, 1), (3, 1), (6, 6), (40, 12)])
@@ -187,15 +187,15 @@ def test_starts():
 
 def test_kronecker_start_and_guess():
     rng = np.random.default_rng(5)
-    A, B = (a + a.T for a in (rng.normal(size=(8, 8)), rng.normal(size=(20, 20))))
+    A, B = (jnp.asarray(a + a.T) for a in (rng.normal(size=(8, 8)), rng.normal(size=(20, 20))))
     dense = np.kron(A, B)
     for which in ALL:
         start = np.asarray(kronecker_start(A, B, 6, which)).reshape(6, -1)
         np.testing.assert_allclose(start @ start.T, np.eye(6), atol=1e-12)
         quotients = np.sum(start * (start @ dense), axis=1)
         np.testing.assert_allclose(np.sort(quotients), expected(np.linalg.eigvalsh(dense), 6, which), rtol=1e-10)
-    residuals = rng.normal(size=(3, 8, 20))
-    theta = np.abs(dense).sum() * np.array([1.0, -1.0, 2.0])  # nothing is near, so nothing is bounded
+    residuals = jnp.asarray(rng.normal(size=(3, 8, 20)))
+    theta = np.abs(dense).sum() * jnp.array([1.0, -1.0, 2.0])  # nothing is near, so nothing is bounded
     directions = np.asarray(kronecker_guess(A, B).directions(residuals, theta)).reshape(3, -1)
     for r, d, t in zip(residuals.reshape(3, -1), directions, theta, strict=True):
         np.testing.assert_allclose(dense @ d - t * d, r, rtol=1e-9, atol=1e-9)
@@ -203,10 +203,10 @@ def test_kronecker_start_and_guess():
 
 def test_a_guess_saves_products_in_any_layout():
     rng = np.random.default_rng(6)
-    r, m, n = 40, 12, 16
+    r, m, n = 40, 16, 20
     J = rng.normal(size=(r, m, 4)) * np.linspace(0.3, 2, m)[:, None]
     Z = rng.normal(size=(r, n)) * np.linspace(0.2, 2, n)
-    Q = J @ J.transpose(0, 2, 1)
+    Q, Z = jnp.asarray(J @ J.transpose(0, 2, 1)), jnp.asarray(Z)
     layout = Layout.transposed(m, n)
     H = KroneckerProductSum(Q, Z, layout)
     values = np.linalg.eigvalsh(H.as_matrix())
@@ -226,8 +226,8 @@ def test_a_guess_saves_products_in_any_layout():
 
 def test_refusals():
     operator = operator_of(spectrum("zero"))
-    with pytest.raises(InputError, match="k must be between 1 and the operator's size 150, got 151"):
-        extreme_eigenpairs(operator, 151)
+    with pytest.raises(InputError, match="k must be between 1 and the operator's size 300, got 301"):
+        extreme_eigenpairs(operator, 301)
     with pytest.raises(InputError, match="magnitude, largest, smallest or both, got 'top'"):
         extreme_eigenpairs(operator, 2, which="top")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"max_products >= .*, got 3"):
