@@ -125,7 +125,8 @@ class CurvatureOperator(Solvable, StructuredOperator):
     def inertia(self, tolerance: Any = None) -> Inertia:
         """How many eigenvalues are above `tolerance`, below `-tolerance`, and between.
 
-        The default tolerance is `k * eps * max|eigenvalue|` for the k eigenvalues that are not zero by construction. Raises `InputError` if the operator is not symmetric.
+        The default tolerance is `k * eps * max|eigenvalue|` for the k eigenvalues that are not zero by construction. Raises
+        `InputError` if the operator is not symmetric.
         """
 
     def nearest_kronecker(self, layout: Any = None) -> Any:
