@@ -4,9 +4,9 @@ import hypothesis
 import jax
 import pytest
 
-# Most of the time goes into compiling. With the flag set to something else before, that holds.
+# Most of the time would go into optimising programs that run once, on tiny arrays. A level set before holds.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

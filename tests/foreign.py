@@ -18,8 +18,6 @@ import jaxhess
 from jaxhess.operators import StructuredOperator
 
 EXAMPLES = 3
-# Programs that run once: half of the time to compile them would go into making them fast.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Models:
@@ -93,14 +91,14 @@ def check(fun, params, batch, tolerance=1e-10, smallest=1e-4):
     """
     flat, unravel = ravel_pytree(params)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def found(params, batch):
         value, gradient, H = jaxhess.value_grad_and_hessian(fun)(params, *batch)
         vector = unravel(jnp.cos(jnp.arange(flat.size, dtype=flat.dtype)))
         matrices = [block.as_matrix() for _, block in H.items()]
         return value, gradient, H, matrices, vector, H.mv(vector)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def reference(flat):
         def mean(flat):
             return jnp.mean(jax.vmap(lambda example: fun(unravel(flat), *example))(batch))

@@ -18,7 +18,7 @@ GRAPHS: dict[str, Callable] = {}
 
 def graph(function):
     """Enter a model into every test that goes over `GRAPHS`."""
-    GRAPHS[function.__name__] = function
+    GRAPHS[function.__name__] = functools.cache(function)
     return function
 
 

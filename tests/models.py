@@ -1,9 +1,11 @@
 """Models that the tests try, by name: a function giving (error of one example, parameters, batch)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 EXAMPLES = 4
@@ -11,13 +13,13 @@ MODELS: dict[str, Callable] = {}
 
 
 def model(function):
-    """Enter a model into every test that goes over `MODELS`."""
-    MODELS[function.__name__] = function
+    """Enter a model into every test that goes over `MODELS`. Made once: what is compiled for its error serves again."""
+    MODELS[function.__name__] = functools.cache(function)
     return function
 
 
 def normal(seed, *shape):
-    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(0.5 * np.random.default_rng(seed).normal(size=shape))
 
 
 def inputs(n=4, m=3):
@@ -26,6 +28,15 @@ def inputs(n=4, m=3):
 
 def labels(n=4):
     return normal(100, EXAMPLES, n), jnp.arange(EXAMPLES) % 3
+
+
+def with_nan(params, batch, where):
+    """(parameters, *batch) with the first entry of the first parameter, "input" or "target" NaN."""
+    trees = [params, *batch]
+    place = ["parameter", "input", "target"].index(where)
+    (first, *others), structure = jax.tree.flatten(trees[place])
+    trees[place] = jax.tree.unflatten(structure, [first.at[(0,) * first.ndim].set(jnp.nan), *others])
+    return trees
 
 
 @jax.custom_vjp

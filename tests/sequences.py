@@ -18,7 +18,7 @@ SEQUENCES: dict[str, Callable] = {}
 
 def sequence(function):
     """Enter a model into every test that goes over `SEQUENCES`."""
-    SEQUENCES[function.__name__] = function
+    SEQUENCES[function.__name__] = functools.cache(function)
     return function
 
 

@@ -30,14 +30,14 @@ def test_diagonal_and_trace_equal_autodiff(name):
 
 
 @pytest.mark.parametrize("name", ["perceptron", "gates_and_layer_norm", "derived_weights"])
-@pytest.mark.parametrize("size", [1, 3, 7])
-def test_chunks_change_nothing(name, size):
+def test_chunks_change_nothing(name):
     error, params, batch = MODELS[name]()
     whole = jaxhess.hessian_diagonal(error)(params, *batch)
-    chunked = jaxhess.hessian_diagonal(error, batch_size=size)(params, *batch)
-    assert_close(ravel_pytree(chunked)[0], ravel_pytree(whole)[0], 1e-12)
-    trace = jaxhess.hessian_trace(error, batch_size=size)(params, *batch)
-    assert_close(trace, jnp.sum(ravel_pytree(whole)[0]), 1e-12)
+    for size in (1, 3, 7) if name == "perceptron" else (1, 3):  # more than all is one program for any model
+        chunked = jaxhess.hessian_diagonal(error, batch_size=size)(params, *batch)
+        assert_close(ravel_pytree(chunked)[0], ravel_pytree(whole)[0], 1e-12)
+        trace = jaxhess.hessian_trace(error, batch_size=size)(params, *batch)
+        assert_close(trace, jnp.sum(ravel_pytree(whole)[0]), 1e-12)
 
 
 def of_random_perceptron(widths, activation, bias):

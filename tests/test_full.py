@@ -9,7 +9,6 @@ import lineax as lx
 import numpy as np
 import pytest
 from flax import nnx
-from foreign import QUICK
 from graphs import GRAPHS, OPERATIONS, random_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +28,7 @@ def reference(error, params, batch):
     flat, unravel = ravel_pytree(params)
     mean = mean_error(error, batch)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(flat):
         return jax.grad(lambda f: mean(unravel(f)))(flat), jax.hessian(lambda f: mean(unravel(f)))(flat)
 
@@ -45,7 +44,7 @@ def like(params, seed=0):
 def check_whole(error, params, batch, **options):
     """Dense form and products; the diagonal without its blocks too."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def read(params, vector, batch):
         value, gradient, H = jaxhess.value_grad_and_hessian(error, blocks="full", **options)(params, *batch)
         product = jaxhess.hvp(error, **options)(params, vector, *batch)
@@ -118,7 +117,7 @@ def test_more_random_graphs_equal_autodiff(choices, penalty, seed):
 # --- blocks
 
 
-@functools.partial(jax.jit, compiler_options=QUICK, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def every_block(H, paths):
     return [H.block(row, column).as_matrix() for row, column in itertools.product(paths, repeat=2)]
 
@@ -290,7 +289,7 @@ def test_chunks_change_nothing(name):
     error, params, batch = EVERY[name]()
     path = jax.tree_util.tree_leaves_with_path(params)[-1][0]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def read(params, batch):
         Hs = [jaxhess.hessian(error, blocks="full", batch_size=size)(params, *batch) for size in (None, 1, 3, 7)]
         return [(H.as_matrix(), H.trace(), H.block(path).as_matrix()) for H in Hs]

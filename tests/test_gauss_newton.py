@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from jaxprs import equations
-from models import normal, sine
+from models import normal, sine, with_nan
 
 import jaxhess
 from jaxhess import losses
@@ -31,7 +31,7 @@ CASES = {}
 
 def case(function):
     """Enter a case into every test that goes over `CASES`: (model, loss, parameters, batch)."""
-    CASES[function.__name__] = function
+    CASES[function.__name__] = functools.cache(function)
     return function
 
 
@@ -293,6 +293,13 @@ def reference_fisher(model, loss, params, batch):
     return np.asarray(g.T @ g / len(g))
 
 
+@functools.cache
+def references(name):
+    """Both matrices of a case."""
+    return reference(*CASES[name]()), reference_fisher(*CASES[name]())
+
+
+@functools.cache
 def error_of(model, loss):
     return lambda params, x, *targets: loss(model(params, x), *targets)
 
@@ -361,20 +368,20 @@ def check_everything(make, params, batch, matrix):
 def test_gauss_newton_equals_autodiff(name):
     model, loss, params, batch = CASES[name]()
     make = functools.partial(jaxhess.gauss_newton, model, loss)
-    check_everything(make, params, batch, reference(model, loss, params, batch))
+    check_everything(make, params, batch, references(name)[0])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_fisher_equals_autodiff(name):
     model, loss, params, batch = CASES[name]()
     make = functools.partial(jaxhess.fisher, error_of(model, loss))
-    check_everything(make, params, batch, reference_fisher(model, loss, params, batch))
+    check_everything(make, params, batch, references(name)[1])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_products_and_diagonals_equal_autodiff(name):
     model, loss, params, batch = CASES[name]()
-    matrix, fisher = reference(model, loss, params, batch), reference_fisher(model, loss, params, batch)
+    matrix, fisher = references(name)
     vector = wave(params)
 
     @jax.jit
@@ -392,17 +399,32 @@ def test_products_and_diagonals_equal_autodiff(name):
     assert_close(fisher_entries, np.diag(fisher))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 7])
-@pytest.mark.parametrize("name", ["squared_error", "more_outputs_than_units", "tied_weights", "recurrent", "embedding"])
-def test_chunks_change_nothing(name, batch_size):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("squared_error", (1, 3, 4, 7)),
+        ("more_outputs_than_units", (1, 3)),
+        ("tied_weights", (1, 3)),
+        ("recurrent", (1, 3)),
+        ("embedding", (1, 3)),
+    ],
+)
+def test_chunks_change_nothing(name, sizes):
+    """Chunks of one, with a rest, of all examples and of more than there are; the last two are one program for any model."""
     model, loss, params, batch = CASES[name]()
-    for blocks in ("diagonal", "full"):
-        for make in (
-            lambda size, blocks=blocks: jaxhess.gauss_newton(model, loss, blocks, size),
-            lambda size, blocks=blocks: jaxhess.fisher(error_of(model, loss), blocks, size),
-        ):
-            whole, parts = make(None)(params, *batch), make(batch_size)(params, *batch)
-            chex.assert_trees_all_close(jax.tree.leaves(parts), jax.tree.leaves(whole), rtol=1e-12, atol=1e-12)
+
+    @jax.jit
+    def read(params, batch):
+        made = {}
+        for size, blocks in itertools.product((None, *sizes), ("diagonal", "full")):
+            made[size, blocks, "gauss_newton"] = jaxhess.gauss_newton(model, loss, blocks, size)(params, *batch)
+            made[size, blocks, "fisher"] = jaxhess.fisher(error_of(model, loss), blocks, size)(params, *batch)
+        return {str(key): jax.tree.leaves(operator) for key, operator in made.items()}
+
+    read = read(params, batch)
+    for size, blocks, kind in itertools.product(sizes, ("diagonal", "full"), ("gauss_newton", "fisher")):
+        whole, parts = read[str((None, blocks, kind))], read[str((size, blocks, kind))]
+        chex.assert_trees_all_close(parts, whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("f", [jax.nn.relu, jaxhess.leaky_relu])
@@ -519,12 +541,13 @@ def programs(model, loss, batch):
 def test_vmap_over_an_ensemble(name):
     model, loss, params, batch = CASES[name]()
     ensemble = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
-    for program in programs(model, loss, batch).values():
-        found = jax.jit(jax.vmap(program))(ensemble)
-        for k, factor in enumerate((1, 2, -1)):
-            assert_close(found[k], program(jax.tree.map(lambda p, f=factor: f * p, params)))
+    run = jax.jit(lambda p: {what: program(p) for what, program in programs(model, loss, batch).items()})
+    found = jax.jit(jax.vmap(run))(ensemble)
+    for k, factor in enumerate((1, 2, -1)):
+        for what, alone in run(jax.tree.map(lambda p, f=factor: f * p, params)).items():
+            assert_close(found[what][k], alone)
     operators = jax.vmap(lambda p: jaxhess.gauss_newton(model, loss, blocks="full")(p, *batch))(ensemble)
-    assert_close(jax.vmap(lambda G: G.as_matrix())(operators)[0], reference(model, loss, params, batch))
+    assert_close(jax.vmap(lambda G: G.as_matrix())(operators)[0], references(name)[0])
     repr(operators)
 
 
@@ -603,38 +626,36 @@ def test_products_ask_for_full_precision():
             assert set(chosen) == {jax.lax.Precision.HIGHEST}, (what, equation)
 
 
-@pytest.mark.parametrize("where", ["parameter", "input", "target"])
 @pytest.mark.parametrize(
     "name", ["squared_error", "tied_weights", "weight_norm_mask_and_low_rank", "more_outputs_than_units"]
 )
-def test_nan_in_nan_out(name, where):
+def test_nan_in_nan_out(name):
+    """From a parameter, an input and a target."""
     model, loss, params, batch = CASES[name]()
-    if where == "parameter":
-        leaves, structure = jax.tree.flatten(params)
-        params = jax.tree.unflatten(structure, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan), *leaves[1:]])
-    else:
-        place = 0 if where == "input" else 1
-        batch = tuple(a.at[0, 0].set(jnp.nan) if n == place else a for n, a in enumerate(batch))
-    for operator in (
-        jaxhess.gauss_newton(model, loss)(params, *batch),
-        jaxhess.fisher(error_of(model, loss))(params, *batch),
-    ):
-        for path, block in operator.items():
-            assert jnp.isnan(block.trace()), path
-            assert set(map(int, block.inertia())) == {-1}, path
-    for operator in (
-        jaxhess.gauss_newton(model, loss, blocks="full")(params, *batch),
-        jaxhess.fisher(error_of(model, loss), blocks="full")(params, *batch),
-    ):
-        assert jnp.isnan(operator.trace())
-        assert set(map(int, operator.inertia())) == {-1}
-        assert jnp.isnan(operator.frobenius_norm())
-    for tree in (
-        jaxhess.gauss_newton_vp(model, loss)(params, wave(params), *batch),
-        jaxhess.gauss_newton_diagonal(model, loss)(params, *batch),
-        jaxhess.fisher_diagonal(error_of(model, loss))(params, *batch),
-    ):
-        assert all(jnp.isnan(jnp.sum(leaf)) for leaf in jax.tree.leaves(tree))
+    error = error_of(model, loss)
+
+    @jax.jit
+    def read(blocks, wholes, trees):
+        sums = jax.tree.map(jnp.sum, trees), [(G.trace(), G.frobenius_norm()) for G in wholes]
+        traces = [{path: block.trace() for path, block in G.items()} for G in blocks]
+        inertias = [G.inertia() for G in wholes], [[block.inertia() for _, block in G.items()] for G in blocks]
+        return sums, traces, inertias
+
+    for where in ("parameter", "input", "target"):
+        broken = with_nan(params, batch, where)
+        sums, traces, inertias = read(
+            (jaxhess.gauss_newton(model, loss)(*broken), jaxhess.fisher(error)(*broken)),
+            [make(*broken) for make in (jaxhess.gauss_newton(model, loss, "full"), jaxhess.fisher(error, "full"))],
+            (
+                jaxhess.gauss_newton_vp(model, loss)(broken[0], wave(params), *broken[1:]),
+                jaxhess.gauss_newton_diagonal(model, loss)(*broken),
+                jaxhess.fisher_diagonal(error)(*broken),
+            ),
+        )
+        for path, value in jax.tree_util.tree_leaves_with_path((sums, traces)):
+            assert np.isnan(value), (where, path)
+        for path, count in jax.tree_util.tree_leaves_with_path(inertias):
+            assert count == -1, (where, path)
 
 
 def test_an_error_of_nan_alone_shows():

@@ -17,18 +17,9 @@ from jaxhess._typing import InputError, UnsupportedOperationError
 from jaxhess.engine import contractions, trace
 from jaxhess.engine.rules import elementwise, linear, local
 
-# Programs that run once, on tiny arrays: what counts is the time that it takes to compile them.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-try:
-    jax.jit(jnp.sin, compiler_options=QUICK)(0.0)
-except jax.errors.JaxRuntimeError:  # other releases, other options
-    QUICK = {}
-THOROUGH = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} if QUICK else {}
-NOT_QUICK = {"reduce_min"}  # not optimised, autodiff's derivative of it is NaN on the CPU
+# Programs that are not optimised, as in conftest.py, make NaN of autodiff's derivative of this on the CPU.
+NOT_QUICK = {"reduce_min"}
+THOROUGH = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 FORMS = {
     "componentwise": elementwise.COMPONENTWISE,
     "indexing": linear.INDEXING - elementwise.COMPONENTWISE,
@@ -70,7 +61,7 @@ def test_exact_or_refused(case):
 
 
 def assert_exact(case):
-    @functools.partial(jax.jit, compiler_options=THOROUGH if NOT_QUICK.intersection(case.names) else QUICK)
+    @functools.partial(jax.jit, compiler_options=THOROUGH if NOT_QUICK.intersection(case.names) else {})
     def both(params, batch):
         def mean(params):
             return jnp.mean(jax.vmap(lambda example: case.error(params, *example))(batch))

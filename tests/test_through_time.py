@@ -1,6 +1,5 @@
 """Models with loops against autodiff: every block of every model, what users of JAX expect, and what it must not cost."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from jaxprs import equations
-from models import normal
+from models import normal, with_nan
 from sequences import EXAMPLES, INPUTS, SEQUENCES, STEPS, batch_of, one_layer, square, steps, weights
 
 import jaxhess
@@ -25,17 +24,6 @@ from jaxhess.operators.implicit import ImplicitKroneckerSum
 from jaxhess.operators.pullback import Pullback
 
 TOLERANCE = 1e-10
-# The programs run once, on tiny arrays: what counts is the time that it takes to compile them.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-try:
-    jax.jit(jnp.sin, compiler_options=QUICK)(0.0)
-except jax.errors.JaxRuntimeError:  # other releases, other options
-    QUICK = {}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def mean_error(error, batch):
@@ -80,7 +68,7 @@ def flattened(factors):
 def check_everything(error, params, batch, **options):
     """Every block's matrix, and of the first block of each type every reading, in one compiled program with autodiff."""
 
-    @jit
+    @jax.jit
     def read(params, batch):
         value, gradient, H = jaxhess.value_grad_and_hessian(error, **options)(params, *batch)
         factors = jaxhess.factored_gradient(error, **options)(params, *batch)
@@ -162,7 +150,7 @@ def test_activations_losses_and_lengths(f, loss, tau):
 def test_chunks_change_nothing(name, batch_size):
     error, params, batch = SEQUENCES[name]()
 
-    @jit
+    @jax.jit
     def both(params, batch):
         results = []
         for size in (None, batch_size):
@@ -226,7 +214,7 @@ def test_cells_of_other_libraries(library, cell):
     batch = batch_of()
     vector = waves(params)
 
-    @jit
+    @jax.jit
     def both(params, batch):
         value, gradient, H = jaxhess.value_grad_and_hessian(error)(params, *batch)
         return value, ravel_pytree(gradient)[0], ravel_pytree(H.mv(vector))[0], autodiff(error, params, batch)
@@ -301,7 +289,7 @@ def test_vmap_over_an_ensemble(name):
     members = [jax.tree.map(lambda p, factor=factor: factor * p, params) for factor in (1, 2, -1)]
     vector = waves(params)
 
-    @jit
+    @jax.jit
     def read(members, batch):
         ensemble = jax.tree.map(lambda *p: jnp.stack(p), *members)
         H = jax.vmap(lambda p: jaxhess.hessian(error)(p, *batch))(ensemble)
@@ -337,7 +325,7 @@ def test_derivatives_through_traces_and_products(name):
     path, leaf = next((path, leaf) for path, leaf in zip(paths, jax.tree.leaves(params), strict=True) if leaf.ndim == 2)
     direction = waves({"w": leaf})["w"]
 
-    @jit
+    @jax.jit
     def both(params, flat):
         def ours(params):
             H = jaxhess.hessian(error)(params, *batch)
@@ -364,33 +352,28 @@ def _placed(params, path, value):
     )
 
 
-@pytest.mark.parametrize("where", ["parameter", "input"])
 @pytest.mark.parametrize("name", ["elman", "two_layers_and_a_head_on_the_last_step", "masked_recurrent_weights"])
-def test_nan_in_nan_out(name, where):
+def test_nan_in_nan_out(name):
     error, params, batch = SEQUENCES[name]()
-    if where == "parameter":
-        leaves, structure = jax.tree.flatten(params)
-        params = jax.tree.unflatten(structure, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan), *leaves[1:]])
-    else:
-        batch = (batch[0].at[0, 0, 0].set(jnp.nan), *batch[1:])
 
-    @jit
-    def read(params, batch):
+    @jax.jit
+    def read(params, *batch):
         value, _, H = jaxhess.value_grad_and_hessian(error)(params, *batch)
         return value, {path: block.trace() for path, block in H.items()}, [block.inertia() for _, block in H.items()][-1]
 
-    value, traces, inertia = read(params, batch)
-    assert jnp.isnan(value)
-    for path, trace in traces.items():
-        assert jnp.isnan(trace), path
-    assert set(map(int, inertia)) == {-1}
+    for where in ("parameter", "input"):
+        value, traces, inertia = read(*with_nan(params, batch, where))
+        assert jnp.isnan(value), where
+        for path, trace in traces.items():
+            assert jnp.isnan(trace), (where, path)
+        assert set(map(int, inertia)) == {-1}, where
 
 
 @pytest.mark.parametrize("name", ["random_steps_in_the_loss", "normalised_recurrent_weights", "lstm"])
 def test_float32_is_close_to_float64(name):
     error, params, batch = (lstm_error, lstm_params(3), batch_of(outputs=3)) if name == "lstm" else SEQUENCES[name]()
     single = jax.tree.map(lambda p: p.astype(jnp.float32) if p.dtype == jnp.float64 else p, (params, batch))
-    read = jit(lambda params, batch: [b.as_matrix() for _, b in jaxhess.hessian(error)(params, *batch).items()])
+    read = jax.jit(lambda params, batch: [b.as_matrix() for _, b in jaxhess.hessian(error)(params, *batch).items()])
     for found, expected in zip(read(*single), read(params, batch), strict=True):
         assert found.dtype == jnp.float32
         assert_close(found, expected, 1e-5)
@@ -407,8 +390,8 @@ def test_narrow_parameters_have_blocks_in_float32(dtype, layer):
     _, params, batch = elman_model()
     narrow = jax.tree.map(lambda p: p.astype(dtype), (params, batch))
     wide = jax.tree.map(lambda p: p.astype(jnp.float64), narrow)
-    value, gradient, H = jit(jaxhess.value_grad_and_hessian(error))(narrow[0], *narrow[1])
-    exact = jit(jaxhess.hessian(error))(wide[0], *wide[1])
+    value, gradient, H = jax.jit(jaxhess.value_grad_and_hessian(error))(narrow[0], *narrow[1])
+    exact = jax.jit(jaxhess.hessian(error))(wide[0], *wide[1])
     assert value.dtype == jnp.float32
     for name in ("U", "W"):
         assert gradient[name].dtype == dtype
@@ -461,7 +444,7 @@ def test_blocks_of_mixed_parameters_keep_their_dtype():
 def test_algebra_of_operators():
     error, params, batch = SEQUENCES["masked_recurrent_weights"]()
 
-    @jit
+    @jax.jit
     def read(block, vector):
         product = block.mv(vector)
         pairs = [
@@ -515,7 +498,7 @@ def test_hyperparameters_from_outside():
         return jnp.trace(jax.hessian(lambda u: mean(params | {"U": u}))(params["U"]).reshape(4, 4))
 
     scales = jnp.array([0.5, 2.0])
-    found, reference = jit(lambda s: [jax.vmap(jax.value_and_grad(f))(s) for f in (ours, expected)])(scales)
+    found, reference = jax.jit(lambda s: [jax.vmap(jax.value_and_grad(f))(s) for f in (ours, expected)])(scales)
     assert_close(found[0], reference[0])
     assert_close(found[1], reference[1])
 
@@ -527,7 +510,7 @@ def test_inside_a_loop_over_updates():
         value, gradient, H = jaxhess.value_grad_and_hessian(elman_error)(params, *batch)
         return jax.tree.map(lambda p, d: p - 0.1 * d, params, H.mv(gradient)), value
 
-    last, values = jit(lambda params: jax.lax.scan(update, params, None, length=2))(params)
+    last, values = jax.jit(lambda params: jax.lax.scan(update, params, None, length=2))(params)
     for value in values:
         params, expected = update(params, None)
         assert_close(value, expected)
@@ -537,7 +520,7 @@ def test_inside_a_loop_over_updates():
 def test_conjugate_gradients_with_damping():
     error, params, batch = SEQUENCES["elman"]()
 
-    @jit
+    @jax.jit
     def solve(params, batch):
         _, gradient, H = jaxhess.value_grad_and_hessian(error)(params, *batch)
         block = H["U"]
@@ -564,7 +547,7 @@ def test_explicit_form(name, path):
     """The arrays Q and S, which serve where there are fewer places than entries of the parameter, give the same operator."""
     error, params, batch = SEQUENCES[name]()
 
-    @jit
+    @jax.jit
     def read(params, batch):
         block = jaxhess.hessian(error)(params, *batch).block(path)
         explicit = block.explicit()
@@ -660,7 +643,7 @@ def test_long_sequences_with_products_alone():
     x, t = normal(1, 2, 500, 2), normal(2, 2, 500, 3)
     vector = waves(params)
 
-    @jit
+    @jax.jit
     def both(params, vector):
         mean = mean_error(lstm_error, (x, t))
         H = jaxhess.hessian(lstm_error)(params, x, t)
