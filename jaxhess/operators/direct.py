@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxhess._linalg import matmul, symmetrise
@@ -76,7 +77,7 @@ class Factorization:
         size = self.reduction.columns.size
 
         def message() -> str:
-            if self.kind == "cholesky" and (isinstance(self.eigenvalue, Tracer) or bool(jnp.isnan(self.eigenvalue))):
+            if self.kind == "cholesky" and (isinstance(self.eigenvalue, Tracer) or bool(np.isnan(self.eigenvalue))):
                 damping = "damping" if isinstance(self.damping, Tracer) else f"{float(self.damping):.6g}"
                 return (
                     f"{what}: H + {damping} I ({size} x {size}) is not positive definite to rounding, so it has no Cholesky "
@@ -89,7 +90,9 @@ class Factorization:
 
     def _check_damping(self, damping: Any) -> None:
         known = not isinstance(damping, Tracer) and not isinstance(self.damping, Tracer)
-        if damping is not None and (not known or bool(jnp.any(jnp.asarray(damping, self.damping.dtype) != self.damping))):
+        if damping is not None and (
+            not known or bool(np.any(np.asarray(damping, self.damping.dtype) != np.asarray(self.damping)))
+        ):
             raise InputError(
                 f"Factorization: H was factored at damping {self.damping}, not at {damping}. For several dampings hold an "
                 "eigendecomposition: factorize() without one."

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jax.core import Tracer
 
 from jaxhess._linalg import available_bytes, widened
 from jaxhess._typing import Array, InputError, NotConvergedError, PyTree
@@ -26,7 +25,7 @@ from jaxhess.operators.extremes import ExtremesInfo, extreme_eigenpairs
 from jaxhess.operators.mapped import require_symmetric
 from jaxhess.operators.paths import paths_of, spread
 from jaxhess.operators.reduction import Reduction, dense_reduction, flat_dtype, unravel
-from jaxhess.operators.support import as_scalar
+from jaxhess.operators.support import as_scalar, sign_of
 
 __all__ = [
     "NegativeCurvature",
@@ -90,7 +89,7 @@ class SpectralFunctions(lx.AbstractLinearOperator):
 
     def _absorb(self, dampings: list[Any]) -> tuple[Any, float, list[Array] | None]:
         """An operator K, a number μ and scales S with `H + D = S^-1 (K + μ I) S^-1`, D a damping for each parameter."""
-        positive = all(not isinstance(d, Tracer) and d >= 0 for d in dampings) and lx.is_positive_semidefinite(self)
+        positive = all(sign_of(d) in (0, 1) for d in dampings) and lx.is_positive_semidefinite(self)
         return late["damped"](self, dampings, lx.positive_semidefinite_tag if positive else ()), 0.0, None
 
     def _choose(self, method: str) -> tuple[str, str]:
@@ -195,7 +194,7 @@ class SpectralFunctions(lx.AbstractLinearOperator):
         """`(H + damping I)^-1` as an operator. Raises `SingularError` where there is none."""
         require_symmetric(self, "inverse")
         damping, given = as_damping(self, damping), damping
-        positive = lx.is_positive_semidefinite(self) and not isinstance(given, Tracer) and bool(given >= 0)
+        positive = lx.is_positive_semidefinite(self) and sign_of(given) in (0, 1)
         eigen = refuse_singular(f"{type(self).__name__}.inverse", self._eigen(), damping)
         tags = lx.positive_semidefinite_tag if positive else ()
         return late["spectral"](eigen.mapped(lambda values: 1 / (values + damping)), tags)

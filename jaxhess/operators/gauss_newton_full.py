@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jaxhess._typing import Array, InputError, PyTree
@@ -23,7 +22,15 @@ from jaxhess.operators.mapped import Inertia, count_signs
 from jaxhess.operators.paths import Selection, find, leaves_like, paths_of
 from jaxhess.operators.reduction import dense_reduction
 from jaxhess.operators.solvable import Solvable
-from jaxhess.operators.support import as_scalar, as_tags, check_operator_fits, describe, scaled_tags, shape_text
+from jaxhess.operators.support import (
+    as_scalar,
+    as_tags,
+    check_operator_fits,
+    describe,
+    scaled_tags,
+    shape_text,
+    sign_of,
+)
 
 __all__ = ["GaussNewton"]
 
@@ -130,7 +137,7 @@ class GaussNewton(Solvable, StructuredOperator):
         return gram_reduction(tuple(leaves), self.curvature, self.factor, treedef)
 
     def _absorb(self, dampings):
-        positive = all(isinstance(d, Tracer) or d > 0 for d in dampings)
+        positive = all(sign_of(d) in (None, 1) for d in dampings)
         if not positive or not gram_is_smaller(self._leaves(), self.in_size()):
             return super()._absorb(dampings)
         scales = [1 / jnp.sqrt(jnp.asarray(d, J.dtype)) for d, J in zip(dampings, self._leaves(), strict=True)]

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jax.core import Tracer
 
 from jaxhess._typing import Array, InputError
 from jaxhess.operators.base import StructuredOperator
@@ -19,7 +18,7 @@ from jaxhess.operators.layout import Layout
 from jaxhess.operators.paths import leaves_like
 from jaxhess.operators.reduction import Columns
 from jaxhess.operators.solvable import Solvable
-from jaxhess.operators.support import as_tags, check_operator_fits, describe, scaled_tags
+from jaxhess.operators.support import as_tags, check_operator_fits, describe, scaled_tags, sign_of
 
 __all__ = ["LayerBlock"]
 
@@ -138,7 +137,7 @@ class LayerBlock(Solvable, StructuredOperator):
         return dataclasses.replace(reduction, columns=_LayerColumns(reduction.columns, self.places))
 
     def _absorb(self, dampings):
-        if not all(isinstance(d, Tracer) or d > 0 for d in dampings):
+        if not all(sign_of(d) in (None, 1) for d in dampings):
             return super()._absorb(dampings)
         scales = [1 / jnp.sqrt(jnp.asarray(d, self.terms.Z.dtype)) for d in dampings]
         of_bias, of_weight = scales if self.places.bias_first else scales[::-1]

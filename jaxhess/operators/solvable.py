@@ -29,6 +29,7 @@ from jaxhess.operators.functions import (
 from jaxhess.operators.iterative import SolveInfo, iterative_solve
 from jaxhess.operators.mapped import require_symmetric
 from jaxhess.operators.paths import leaves_like
+from jaxhess.operators.support import sign_of
 from jaxhess.operators.vectors import measured
 
 __all__ = ["Solvable"]
@@ -59,7 +60,7 @@ class Solvable(SpectralFunctions):
 
     def _factored(self, damping: Any, method: str) -> direct.Factorization:
         damping, given = as_damping(self, damping), damping
-        negative = not isinstance(given, Tracer) and bool(given < 0)
+        negative = sign_of(given) == -1
         if method == "eigh" or (method == "auto" and self._held()):
             return direct.diagonalised(self._eigen(), damping)
         positive = lx.is_positive_semidefinite(self) and not negative

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jax.core import Tracer
 
 from jaxhess._linalg import check_dense_fits, format_bytes
 from jaxhess._typing import Array, InputError
@@ -66,6 +67,11 @@ def as_scalar(what: str, factor: Any, dtype: Any) -> Array:
     if jnp.ndim(scalar) != 0:
         raise InputError(f"{what}: can be multiplied by scalars only, got an array of shape {jnp.shape(scalar)}")
     return jnp.asarray(scalar).astype(dtype)
+
+
+def sign_of(number: Any) -> float | None:
+    """The sign of a number or 0-d array that is known, inside of a trace too (NaN has NaN); None for a traced one."""
+    return None if isinstance(number, Tracer) else float(np.sign(np.asarray(number, float)))
 
 
 def as_real_arrays(what: str, names: Sequence[str], arrays: Sequence[Any]) -> list[Array]:

@@ -486,3 +486,20 @@ def test_what_auto_picks_is_told(rng, helpers, monkeypatch):
         close(info.residual, jnp.linalg.norm(left) / jnp.linalg.norm(b))
         with pytest.raises(NotConvergedError, match=r"residual of .* after 1 steps"):
             operator.solve(b, 0.37, max_steps=1, preconditioner=None)
+
+
+def test_dampings_of_outside_of_a_trace():
+    """A number that is known where the program is traced, as an array: its sign is read there."""
+    H, damping = Dense(jnp.diag(jnp.array([1.0, 3.0]))), jnp.asarray(1.0)
+    G = H.with_tags(lx.positive_semidefinite_tag)
+    vector, factored = jnp.array([2.0, 4.0]), G.factorize(damping)
+
+    @jax.jit
+    def run(vector):
+        tags = [lx.is_positive_semidefinite(G.inverse(d)) for d in (damping, -damping / 2)]
+        return [K.solve(vector, damping) for K in (H, G)], factored.solve(vector, damping), tags
+
+    solved, held, tags = run(vector)
+    for x in (*solved, held):
+        np.testing.assert_allclose(x, [1.0, 1.0], rtol=1e-12)
+    assert tags[0]
