@@ -14,8 +14,8 @@ FLOORS = [
     ["_backend", "_typing", "_linalg"],
     [
         "_componentwise", "activations", "_softmax", "_sequence", "losses", "operators.support", "operators.mapped",
-        "operators.layout", "operators.vectors", "operators.krylov", "operators.minres", "operators.preconditioner",
-        "operators.iterative", "operators.ritz", "operators.extremes", "operators.paths", "operators.reduction",
+        "operators.layout", "operators.paths", "operators.vectors", "operators.krylov", "operators.minres",
+        "operators.preconditioner", "operators.iterative", "operators.ritz", "operators.extremes", "operators.reduction",
         "operators.eigen", "operators.direct", "operators.functions", "operators.solvable", "operators.base",
         "operators.spectral", "operators.damped", "operators.kronecker", "operators.rearranged", "operators.nearest",
         "operators.low_rank", "operators.dense", "operators.contraction", "operators.uses", "operators.jacobian",

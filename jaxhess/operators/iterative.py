@@ -26,6 +26,7 @@ from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.krylov import Refined, conjugate_gradients, minres, refine, step_limit
 from jaxhess.operators.mapped import require_symmetric
 from jaxhess.operators.minres import MINRES
+from jaxhess.operators.paths import spread
 from jaxhess.operators.preconditioner import block_preconditioner, kronecker_preconditioner
 from jaxhess.operators.vectors import dtype_of, measured, norm, plus
 
@@ -226,17 +227,9 @@ def _as_working(what: str, structure: PyTree, tree: PyTree) -> PyTree:
 
 def _dampings(structure: PyTree, damping: PyTree) -> list[Any]:
     """One damping for each leaf."""
-    try:
-        whole = jax.tree.broadcast(damping, structure)
-    except ValueError as error:
-        raise InputError(
-            f"iterative_solve: the damping must be a number, or a tree of them, a prefix of the operator's structure, "
-            f"{jax.tree.structure(structure)}, got {jax.tree.structure(damping)}"
-        ) from error
-    dampings = jax.tree.leaves(whole)
-    for one in dampings:
-        if jnp.shape(one) != () or jnp.iscomplexobj(one):
-            raise InputError(f"iterative_solve: a damping must be a real number, got {type(one).__name__} {jnp.shape(one)}")
+    dampings = spread("iterative_solve", damping, structure)
+    if any(one is None or jnp.iscomplexobj(one) for one in dampings):
+        raise InputError(f"iterative_solve: a damping must be a real number, got {damping!r}")
     return [jnp.asarray(one) for one in dampings]
 
 

@@ -229,7 +229,7 @@ def test_refusals():
     with pytest.raises(InputError, match="k must be between 1 and the operator's size 300, got 301"):
         extreme_eigenpairs(operator, 301)
     with pytest.raises(InputError, match="magnitude, largest, smallest or both, got 'top'"):
-        extreme_eigenpairs(operator, 2, which="top")  # type: ignore[arg-type]
+        extreme_eigenpairs(operator, 2, which="top")
     with pytest.raises(InputError, match=r"max_products >= .*, got 3"):
         extreme_eigenpairs(operator, 5, max_products=3)
     with pytest.raises(InputError, match=r"leading axis, got \(2, 7\)"):
