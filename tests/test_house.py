@@ -31,9 +31,9 @@ FLOORS = [
         "engine.kinds", "engine.through_time", "engine.graph", "engine.loops", "engine.accurate", "engine.trace",
         "engine.views", "engine.rules.base", "engine.rules.linear", "engine.rules.elementwise", "engine.rules.local",
         "engine.rules", "engine.reach", "engine.convolution", "engine.lookup", "engine.contractions", "engine.partition",
-        "engine.plan", "engine.custom", "engine.sweep", "engine.failure", "engine.implicit", "engine.products",
-        "engine.batch", "engine.labels", "engine.parameters", "engine.targets", "engine.assemble", "engine.diagonal",
-        "engine.full", "engine.jacobian", "engine.gauss_newton", "engine.convex", "engine",
+        "engine.plan", "engine.custom", "engine.sweep", "engine.failure", "engine.implicit", "engine.compact",
+        "engine.products", "engine.batch", "engine.labels", "engine.parameters", "engine.targets", "engine.assemble",
+        "engine.diagonal", "engine.full", "engine.jacobian", "engine.gauss_newton", "engine.convex", "engine",
     ],
     [
         "transforms.checks", "transforms.traced", "transforms.products", "transforms.diagonals", "transforms.full",

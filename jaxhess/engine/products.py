@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._typing import Array
+from jaxhess.engine.compact import LinearMap, linearise_once
 from jaxhess.engine.graph import LINEARISES_WITHIN_TRACES, evaluate
 from jaxhess.engine.plan import Plan
 
@@ -45,10 +46,10 @@ def hessian_product(plan: Plan, batch: Sequence[Array], examples: int, values: A
 
 
 def linearised_gradient(
-    plan: Plan, batch: Sequence[Array], examples: int, values: Arrays
-) -> tuple[Array, Arrays, Callable[[Arrays], Arrays]]:
-    """The mean error, its gradient, and the gradient's linear part: a pytree that holds its factors, and maps arrays in
-    float32 or wider to such, for narrower parameters too."""
+    plan: Plan, batch: Sequence[Array], examples: int, values: Arrays, given: Sequence[Array]
+) -> tuple[Array, Arrays, LinearMap]:
+    """The mean error, its gradient, and the gradient's linear part: a pytree that holds its factors but for those `given`
+    with the vectors. It maps arrays in float32 or wider to such, for narrower parameters too."""
     summed = summed_error(plan, batch, examples)
     wide = [value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in values]
 
@@ -61,5 +62,5 @@ def linearised_gradient(
             grads = [g + 0 * jnp.where(jnp.isfinite(w), w, 0) for g, w in zip(grads, wide, strict=True)]
         return grads, value
 
-    grads, linear, value = jax.linearize(gradient, wide, has_aux=True)
+    grads, value, linear = linearise_once(gradient, wide, given)
     return value, grads, linear

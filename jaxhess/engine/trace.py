@@ -20,7 +20,7 @@ from jaxhess.engine.accurate import accurate_form
 from jaxhess.engine.graph import Graph, Loop, Operation, leading_to, run_loop
 from jaxhess.engine.loops import static_length
 
-__all__ = ["body_of", "trace"]
+__all__ = ["bind", "body_of", "trace"]
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "xla_call"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -39,6 +39,15 @@ def body_of(equation: JaxprEqn) -> ClosedJaxpr | None:
         if body is not None:
             return body
     return None
+
+
+def bind(equation: JaxprEqn, values: Sequence[Any]) -> Sequence[Array]:
+    """The results of an equation's operation on other values."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    # Releases of JAX differ: functions to bind come beside the parameters, or among them.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    results = equation.primitive.bind(*functions, *values, **params)
+    return results if equation.primitive.multiple_results else [results]
 
 
 def _is_own_layer(body: ClosedJaxpr) -> bool:
@@ -201,14 +210,10 @@ class _LoopSpec:
 def _operation(
     equation: JaxprEqn, inputs: Sequence[int], outputs: Sequence[int], callers: tuple[JaxprEqn, ...]
 ) -> Operation:
-    primitive, name = equation.primitive, equation.primitive.name
+    name = equation.primitive.name
 
     def apply(*values: Array) -> Sequence[Array]:
-        bound = primitive.get_bind_params(equation.params)
-        # Releases of JAX differ: functions to bind come beside the parameters, or among them.
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)
-        result = primitive.bind(*functions, *values, **params)
-        return result if primitive.multiple_results else [result]
+        return bind(equation, values)
 
     if name == "dot_general" and _fully_contracted(equation):
         return Operation(name, tuple(inputs), tuple(outputs), _swapped(equation), equation.params, equation, callers)

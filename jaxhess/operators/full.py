@@ -65,8 +65,8 @@ class _Structure(NamedTuple):
 class FullHessian(Solvable, StructuredOperator):
     """The symmetric operator on a tree of parameters; `jaxhess.hessian(fun, blocks="full")` makes it.
 
-    `product` maps a tree like `structure` to another, `point` is what `readings` read from, `factor` multiplies all of it,
-    None for 1.
+    `point` is what `readings` read from, `product` maps its leaves and those of a tree like `structure` to the leaves of
+    another, `factor` multiplies all of it, None for 1.
     `H["layer"]["w"]["out"]["b"]`, or `H.block("layer/w", "out/b")`, is the block from out/b to layer/w: the keys lead to the
     parameter of the rows first, then to that of the columns. `H.block("layer/w")` is a diagonal block.
 
@@ -112,7 +112,7 @@ class FullHessian(Solvable, StructuredOperator):
             leaf if getattr(leaf, "dtype", None) == dtype else jnp.asarray(leaf, dtype)
             for leaf, (_, dtype) in zip(leaves, shapes, strict=True)
         ]
-        return jax.tree.unflatten(treedef, _product(self.product, self.factor, cast))
+        return jax.tree.unflatten(treedef, _product(self.product, self.point, self.factor, cast))
 
     def as_matrix(self):
         check_operator_fits(self, instead="mv, diagonal(), trace() or block()")
@@ -200,8 +200,8 @@ class FullHessian(Solvable, StructuredOperator):
 
 
 @jax.jit
-def _product(product: Any, factor: Array | None, vectors: list[Array]) -> list[Array]:
-    products = product(vectors)
+def _product(product: Any, point: Any, factor: Array | None, vectors: list[Array]) -> list[Array]:
+    products = product(jax.tree.leaves(point), vectors)
     return products if factor is None else [factor.astype(p.dtype) * p for p in products]
 
 

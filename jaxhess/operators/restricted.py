@@ -151,7 +151,7 @@ def _product(whole: Any, rows: tuple[int, ...], columns: tuple[int, ...], vector
         given = list(zeros)
         for place, part in zip(columns, parts, strict=True):
             given[place] = part
-        products = whole.product(given)
+        products = whole.product(jax.tree.leaves(whole.point), given)
         return [products[place] for place in rows]
 
     # The derivative of a linear map is the map itself, less what the parts that stay zero would cost.

@@ -132,6 +132,7 @@ def _matrix(
         given = traced(fun, params, batch)
         plan, values = given.plan, [widened(value) for value in given.values]
         plain = sorted(plain_parameters(plan))
+        applied = functools.partial(product, jax.tree.leaves((params, batch)))
         starts = [sum(value.size for value in values[:n]) for n in range(len(values) + 1)]
         matrix = jnp.zeros((starts[-1], starts[-1]), jnp.result_type(*values))
         if plain:
@@ -144,7 +145,7 @@ def _matrix(
                     cross = cross_block(plan, result, given.environment, own, row, column).scaled(factor)
                     matrix = put_symmetric(matrix, cross, starts[row], starts[column])
         for n in sorted(set(range(len(values))) - set(plain)):
-            rows = _rows(product, values, n).astype(matrix.dtype) * jnp.asarray(factor, matrix.dtype)
+            rows = _rows(applied, values, n).astype(matrix.dtype) * jnp.asarray(factor, matrix.dtype)
             matrix = jax.lax.dynamic_update_slice(matrix, rows, (starts[n], 0))
             matrix = jax.lax.dynamic_update_slice(matrix, rows.T, (0, starts[n]))
         return matrix

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._typing import Array, PyTree
+from jaxhess.engine.compact import LinearMap
 from jaxhess.engine.custom import check_custom_derivatives
 from jaxhess.engine.failure import naming_the_culprit
 from jaxhess.engine.products import hessian_product, linearised_gradient
@@ -73,7 +74,7 @@ def linearized_hvp(fun: Error) -> Callable[..., Callable[[PyTree], PyTree]]:
     @wrapping(fun)
     def transformed(params: PyTree, *batch: PyTree) -> Callable[[PyTree], PyTree]:
         params, batch, examples = checked(fun, params, batch)
-        linear = linearise(fun, params, batch, examples).linear
+        linear = linearise(fun, params, batch, examples).linear.closed(jax.tree.leaves((params, batch)))
         structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
         treedef, shapes = jax.tree.structure(params), tuple((s.shape, s.dtype) for s in jax.tree.leaves(structure))
         return jax.tree_util.Partial(_Apply(treedef, shapes), linear)
@@ -82,11 +83,12 @@ def linearized_hvp(fun: Error) -> Callable[..., Callable[[PyTree], PyTree]]:
 
 
 class Linearised(NamedTuple):
-    """The mean error, its gradient (a tree like the parameters), and the product with its Hessian, on lists of leaves."""
+    """The mean error, its gradient (a tree like the parameters), and the product with its Hessian, given the leaves of the
+    parameters and the batch, on lists of leaves."""
 
     value: Array
     gradient: PyTree
-    linear: Any
+    linear: LinearMap
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -96,7 +98,9 @@ def linearise(fun: Error, params: PyTree, batch: tuple[PyTree, ...], examples: i
         given = traced(fun, params, batch, all_pairs=False)
         check_custom_derivatives(given.plan)
         with naming_the_culprit(given.plan):
-            value, gradient, linear = linearised_gradient(given.plan, given.arrays, examples, given.values)
+            value, gradient, linear = linearised_gradient(
+                given.plan, given.arrays, examples, given.values, jax.tree.leaves((params, batch))
+            )
         return Linearised(value, given.restored(gradient), linear)
 
 
@@ -114,7 +118,7 @@ class _Apply(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _apply(linear: Any, vectors: list[Array], dtypes: tuple[Any, ...]) -> list[Array]:
-    products = linear([widened(v.astype(dtype)) for v, dtype in zip(vectors, dtypes, strict=True)])
+    products = linear([], [widened(v.astype(dtype)) for v, dtype in zip(vectors, dtypes, strict=True)])
     return [p.astype(dtype) for p, dtype in zip(products, dtypes, strict=True)]
 
 
