@@ -1,6 +1,6 @@
 """Exact Hessians of neural networks in JAX, as structured linear operators."""
 
-from jaxhess import activations, bounds, losses, naumov2017, operators, plotting, spectra, test_util
+from jaxhess import activations, bounds, losses, naumov2017, operators, optimizers, plotting, spectra, test_util
 from jaxhess.activations import (
     elu,
     gelu,
@@ -56,6 +56,7 @@ __all__ = [
     "losses",
     "naumov2017",
     "operators",
+    "optimizers",
     "plotting",
     "recurrent",
     "relu",

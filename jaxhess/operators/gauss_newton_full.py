@@ -20,7 +20,7 @@ from jaxhess.operators.gram import gram_eigenvalues, gram_is_smaller, gram_norm,
 from jaxhess.operators.jacobian import OutputJacobian, times_curvature
 from jaxhess.operators.mapped import Inertia, count_signs
 from jaxhess.operators.paths import Selection, find, leaves_like, paths_of
-from jaxhess.operators.reduction import dense_reduction
+from jaxhess.operators.reduction import Reduction, dense_reduction
 from jaxhess.operators.solvable import Solvable
 from jaxhess.operators.support import (
     as_scalar,
@@ -130,8 +130,13 @@ class GaussNewton(Solvable, StructuredOperator):
         return min(J.examples * J.outputs, self.in_size())
 
     def _reduction(self):
+        return self.reduction_of("gram" if gram_is_smaller(self._leaves(), self.in_size()) else "normal")
+
+    def reduction_of(self, form: str) -> Reduction:
+        """The matrix that solving factors: that of the outputs of all examples ("gram", (rM, rM)), or that of the parameters
+        ("normal", (N, N))."""
         leaves = self._leaves()
-        if not gram_is_smaller(leaves, self.in_size()):
+        if form == "normal":
             return dense_reduction(self)
         treedef = jax.tree.structure(self.jacobians, is_leaf=_is_jacobian)
         return gram_reduction(tuple(leaves), self.curvature, self.factor, treedef)

@@ -1,0 +1,169 @@
+"""How much is added to the diagonal of the curvature, and how that changes from step to step.
+
+The gain ratio of a step s is that of what the error fell by and what its quadratic model said:
+
+    ρ = (E(x) - E(x + s)) / (m(0) - m(s)),        m(s) = E + g^T s + s^T C s / 2
+
+Levenberg-Marquardt, in the form of Nielsen (1999), with ν = 2 after every step that was taken:
+
+    taken       λ <- λ max(1/decrease, 1 - (2 ρ - 1)^3)          refused     λ <- λ ν,  ν <- 2 ν
+
+A trust region has a radius Δ in the place of λ (Moré 1983): a quarter of it where ρ < 1/4 or the step is refused, twice as
+much where ρ > 3/4 and the step went all the way to Δ.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxhess._typing import Array, InputError
+
+__all__ = ["Constant", "Control", "LevenbergMarquardt", "TrustRadius", "as_rule", "constant", "levenberg_marquardt"]
+
+_GROWTH = 2.0
+
+
+class Control(NamedTuple):
+    """What limits a step; each 0-d."""
+
+    damping: Array  # λ; the radius Δ of a trust region
+    growth: Array  # ν
+    scale: Array  # what a refused step with constant damping is multiplied by when it is tried again
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The same damping at every step, or that of a schedule; a refused step is tried again at half its length."""
+
+    damping: float | Array | Callable[[Array], Any]
+    adaptive = False
+
+    def start(self, dtype: Any) -> Control:
+        given = self.damping(jnp.zeros((), jnp.int32)) if callable(self.damping) else self.damping
+        return Control(jnp.asarray(given, dtype), jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype))
+
+    def begin(self, control: Control, count: Array) -> Control:
+        given = self.damping(count) if callable(self.damping) else self.damping
+        return control._replace(damping=jnp.asarray(given, control.damping.dtype), scale=jnp.ones_like(control.scale))
+
+    def taken(self, control: Control, ratio: Array, length: Array) -> Control:
+        del ratio, length
+        return control
+
+    def refused(self, control: Control, length: Array) -> Control:
+        del length
+        return control._replace(scale=control.scale / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping by the gain ratio; see `levenberg_marquardt`."""
+
+    initial: float | Array = 1e-2
+    decrease: float = 3.0
+    least: float = 1e-12
+    most: float = 1e12
+    adaptive = True
+
+    def start(self, dtype: Any) -> Control:
+        return Control(jnp.asarray(self.initial, dtype), jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype))
+
+    def begin(self, control: Control, count: Array) -> Control:
+        del count
+        return control
+
+    def taken(self, control: Control, ratio: Array, length: Array) -> Control:
+        del length
+        # The cube of a ratio far from 1 would overflow in float32; its factor is the same from -1 on.
+        bounded = jnp.clip(ratio, -1, 2)
+        factor = jnp.clip(1 - (2 * bounded - 1) ** 3, 1 / self.decrease, 2.0)
+        return self._limited(control, control.damping * factor, jnp.full_like(control.growth, _GROWTH))
+
+    def refused(self, control: Control, length: Array) -> Control:
+        del length
+        growth = jnp.minimum(control.growth * 2, 2.0**16)
+        return self._limited(control, control.damping * control.growth, growth)
+
+    def _limited(self, control: Control, damping: Array, growth: Array) -> Control:
+        return control._replace(damping=jnp.clip(damping, self.least, self.most), growth=growth)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRadius:
+    """The radius of a trust region, from the gain ratio."""
+
+    initial: float | Array = 1.0
+    most: float = 1e6
+    adaptive = True
+
+    def start(self, dtype: Any) -> Control:
+        return Control(jnp.asarray(self.initial, dtype), jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype))
+
+    def begin(self, control: Control, count: Array) -> Control:
+        del count
+        return control
+
+    def taken(self, control: Control, ratio: Array, length: Array) -> Control:
+        radius = control.damping
+        smaller = jnp.minimum(radius, length) / 4
+        larger = jnp.where(length > 0.9 * radius, jnp.minimum(2 * radius, self.most), radius)
+        return control._replace(damping=jnp.where(ratio < 0.25, smaller, jnp.where(ratio > 0.75, larger, radius)))
+
+    def refused(self, control: Control, length: Array) -> Control:
+        known = jnp.isfinite(length)
+        return control._replace(damping=jnp.minimum(control.damping, jnp.where(known, length, control.damping)) / 4)
+
+
+Rule = Constant | LevenbergMarquardt | TrustRadius
+
+
+def constant(damping: float | Array | Callable[[Array], Any]) -> Constant:
+    """The same damping λ >= 0 at every step, or `damping(count)` of a schedule. Raises `InputError` if it is negative.
+
+    >>> constant(1e-3).damping
+    0.001
+    """
+    if isinstance(damping, int | float) and not damping >= 0:
+        raise InputError(f"constant: the damping must not be negative, got {damping}")
+    return Constant(damping)
+
+
+def levenberg_marquardt(
+    initial: float | Array = 1e-2, *, decrease: float = 3.0, least: float = 1e-12, most: float = 1e12
+) -> LevenbergMarquardt:
+    """Damping that falls where the quadratic model predicts well and rises where it does not.
+
+    Args:
+        initial: λ of the first step, > 0, in units of the curvature. Any will do within some powers of ten: a step that is
+            refused is tried again at once.
+        decrease: what λ is divided by, at most, after a step: > 1.
+        least, most: bounds of λ.
+
+    Raises `InputError` for numbers out of range. Source: Levenberg (1944), Marquardt (1963); the update is that of Nielsen,
+    "Damping parameter in Marquardt's method" (1999).
+
+    >>> levenberg_marquardt(1.0).initial
+    1.0
+    """
+    if isinstance(initial, int | float) and not initial > 0:
+        raise InputError(f"levenberg_marquardt: initial must be positive, got {initial}")
+    if not decrease > 1:
+        raise InputError(f"levenberg_marquardt: decrease must be above 1, got {decrease}")
+    if not 0 <= least <= most:
+        raise InputError(f"levenberg_marquardt: need 0 <= least <= most, got {least} and {most}")
+    return LevenbergMarquardt(initial, decrease, least, most)
+
+
+def as_rule(what: str, damping: Any) -> Rule:
+    """A rule as it is; a number or a schedule as a constant one; the name "levenberg_marquardt"."""
+    if isinstance(damping, Constant | LevenbergMarquardt | TrustRadius):
+        return damping
+    if isinstance(damping, str):
+        if damping != "levenberg_marquardt":
+            raise InputError(f"{what}: damping must be a number, a schedule, a rule or its name, got {damping!r}")
+        return levenberg_marquardt()
+    if callable(damping) or jnp.ndim(damping) == 0:
+        return constant(damping)
+    raise InputError(f"{what}: damping must be one number, got an array of shape {jnp.shape(damping)}")

@@ -1,0 +1,296 @@
+"""Newton's method with one Kronecker product for each parameter's block, for big layers and long runs.
+
+    H ≈ A ⊗ B = (U ⊗ V) diag(a_i b_j) (U ⊗ V)^T         d = -U [ (U^T G V) / (|a_i b_j| + λ) ] V^T
+
+A ⊗ B is the product nearest to the exact block (Van Loan and Pitsianis 1993), averaged over the run and computed anew every
+some steps only. Damping is added to the product itself, not to its factors. Learning rate and momentum come from the exact
+quadratic model, by products with the exact curvature.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhess._linalg import matmul, symmetrise
+from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.operators.block import BlockDiagonal
+from jaxhess.operators.functions import wide
+from jaxhess.operators.gauss_newton import GaussNewtonBlock
+from jaxhess.operators.layout import Layout
+from jaxhess.operators.nearest import nearest_kronecker
+from jaxhess.operators.paths import naming, paths_of
+from jaxhess.optimizers.core import Direction, Method, Settings, transformation
+from jaxhess.optimizers.damping import TrustRadius, as_rule
+from jaxhess.optimizers.state import Optimizer, Wanted
+
+__all__ = ["Factors", "kronecker_newton", "scale_by_kronecker_newton"]
+
+_LARGEST = 8192  # side of a factor
+_ROUNDS = 3
+
+
+class Factors(NamedTuple):
+    """A (m, m) and B (n, n) of a parameter read as (m, n), with their eigenvalues and eigenvectors."""
+
+    left: Array
+    right: Array
+    left_values: Array
+    left_vectors: Array
+    right_values: Array
+    right_vectors: Array
+
+
+class Memory(NamedTuple):
+    """The factors of each parameter, in the order of the leaves, and how often they were computed, () int32."""
+
+    factors: tuple[Factors, ...]
+    refreshed: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _KroneckerNewton(Method):
+    every: int
+    decay: float
+    name: str = "kronecker_newton"
+
+    def init(self, params: PyTree) -> PyTree:
+        factors = []
+        for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
+            m, n = _sides(jnp.shape(leaf))
+            if max(m, n) > _LARGEST:
+                raise InputError(
+                    f"kronecker_newton: {path!r} of shape {jnp.shape(leaf)} has factors of {m} and {n} rows, more than "
+                    f"{_LARGEST}; leave it to another optimizer, by optax.partition"
+                )
+            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+            factors.append(
+                Factors(
+                    jnp.zeros((m, m), dtype), jnp.zeros((n, n), dtype), jnp.zeros(m, dtype), jnp.eye(m, dtype=dtype),
+                    jnp.zeros(n, dtype), jnp.eye(n, dtype=dtype),
+                )
+            )  # fmt: skip
+        return Memory(tuple(factors), jnp.zeros((), jnp.int32))
+
+    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array) -> tuple[Any, PyTree]:
+        def refreshed(memory: Memory) -> Memory:
+            operator = curvature if hasattr(curvature, "in_structure") else curvature()
+            if not isinstance(operator, BlockDiagonal):
+                raise InputError(
+                    f"kronecker_newton: curvature must have a block for each parameter, got a {type(operator).__name__}; "
+                    "use blocks='diagonal'"
+                )
+            weight = jnp.minimum(1 - 1 / (memory.refreshed + 1.0), self.decay)
+            kept = []
+            for (path, block), old in zip(operator.items(), memory.factors, strict=True):
+                with naming(path):
+                    kept.append(_averaged(old, *_factors_of(wide(block)), weight))
+            new = Memory(tuple(kept), memory.refreshed + 1)
+            # What is not finite is not remembered.
+            good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), new, memory)
+
+        memory = jax.lax.cond(count % self.every == 0, refreshed, lambda memory: memory, memory)
+        return memory.factors, memory
+
+    def solver(self, prepared: Any) -> str:
+        return "Kronecker factors"
+
+    def direction(self, prepared: Any, gradient: PyTree, damping: Array, start: PyTree) -> Direction:
+        del start
+
+        def solved(leaf: Array, factors: Factors) -> Array:
+            magnitudes = jnp.abs(jnp.outer(factors.left_values, factors.right_values))
+            shifted = magnitudes + damping.astype(magnitudes.dtype)
+            return _in_eigenvectors(leaf, factors, lambda inner: -inner / jnp.where(shifted > 0, shifted, 1))
+
+        step = _mapped(solved, gradient, prepared)
+        return Direction(step, damping, jnp.zeros((), jnp.int32), jnp.full_like(damping, jnp.nan))
+
+    def product(self, prepared: Any, vector: PyTree) -> PyTree:
+        def times(leaf: Array, factors: Factors) -> Array:
+            magnitudes = jnp.abs(jnp.outer(factors.left_values, factors.right_values))
+            return _in_eigenvectors(leaf, factors, lambda inner: magnitudes * inner)
+
+        return _mapped(times, vector, prepared)
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(m, n) of a parameter: a vector is all rows; of more than two axes the last one is the rows."""
+    layout = _layout(shape)
+    return layout.m, layout.n
+
+
+def _layout(shape: tuple[int, ...]) -> Layout:
+    axes = tuple(range(len(shape)))
+    return Layout(shape, shape, axes[-1:], axes[:-1]) if len(shape) > 2 else Layout(shape, shape, axes[:1], axes[1:])
+
+
+def _factors_of(block: Any) -> tuple[Array, Array]:
+    """A and B of the nearest product, in the layout that the state has."""
+    shape = block.in_structure().shape
+    layout = _layout(shape)
+    if isinstance(block, GaussNewtonBlock) and block.jacobian.matrix_sizes is not None:
+        own = jax.eval_shape(block.kronecker_terms).layout
+        if block.curvature is None or block.curvature.ndim == 2:
+            A, B = _nearest_of_rows(block)
+            return _in_layout(A, B, own, layout)
+    found = nearest_kronecker(block) if len(shape) <= 2 else nearest_kronecker(block, layout)
+    return _in_layout(found.operator.A, found.operator.B, found.operator.layout, layout)
+
+
+def _in_layout(A: Array, B: Array, own: Layout, layout: Layout) -> tuple[Array, Array]:
+    if _same_order(own, layout):
+        return A, B
+    if _same_order(Layout(own.shape, own.sizes, own.columns, own.rows), layout):
+        return B, A
+    raise InputError(
+        f"the layer reads its {layout.shape} parameter as rows {own.rows} and columns {own.columns} of {own.sizes}, which "
+        "has no Kronecker factors along the parameter's own axes"
+    )
+
+
+def _same_order(a: Layout, b: Layout) -> bool:
+    """Whether two layouts read the same matrix."""
+    entries = np.arange(a.m * a.n)
+
+    def read(layout: Layout) -> Any:
+        order = layout.rows + layout.columns
+        return np.transpose(entries.reshape(layout.sizes), order).reshape(layout.m, layout.n)
+
+    return (a.m, a.n) == (b.m, b.n) and bool(np.array_equal(read(a), read(b)))
+
+
+def _nearest_of_rows(block: GaussNewtonBlock) -> tuple[Array, Array]:
+    """The nearest product to `(1/r) sum_ic b_ic kron(v_ic v_ic^T, z_i z_i^T)`, by alternating least squares, without Q."""
+    J = block.jacobian
+    use = J.uses[0]
+    r, M = J.examples, J.outputs
+    assert use.inputs is not None
+    V, Z = use.scale * use.rows.reshape(r, M, -1), use.inputs.reshape(r, -1)
+    weights = jnp.ones((r, M), V.dtype) if block.curvature is None else block.curvature
+    weights = block.factor * weights / r
+
+    def left(B: Array) -> Array:
+        lengths = jnp.sum(matmul(Z, B) * Z, axis=1)
+        weighted = (weights * lengths[:, None])[:, :, None] * V
+        return symmetrise(matmul(weighted.reshape(r * M, -1).T, V.reshape(r * M, -1)))
+
+    def right(A: Array) -> Array:
+        lengths = jnp.sum(weights * jnp.sum((V @ A) * V, axis=2), axis=1)
+        return symmetrise(matmul((lengths[:, None] * Z).T, Z))
+
+    A = _unit(left(_unit(matmul(Z.T, Z))))
+    for _ in range(_ROUNDS):
+        A = _unit(left(_unit(right(A))))
+    return A, right(A)
+
+
+def _unit(X: Array) -> Array:
+    size = jnp.linalg.norm(X)
+    return X / jnp.where(size > 0, size, 1)
+
+
+def _averaged(old: Factors, A: Array, B: Array, weight: Array) -> Factors:
+    """The running mean of factors of equal norm, decomposed."""
+    a, b = jnp.linalg.norm(A), jnp.linalg.norm(B)
+    share = jnp.sqrt(jnp.where((a > 0) & (b > 0), b / jnp.where(a > 0, a, 1), 1))
+    A, B = share * A, B / share
+    weight = weight.astype(A.dtype)
+    left = symmetrise(weight * old.left + (1 - weight) * A)
+    right = symmetrise(weight * old.right + (1 - weight) * B)
+    (left_values, left_vectors), (right_values, right_vectors) = jnp.linalg.eigh(left), jnp.linalg.eigh(right)
+    return Factors(left, right, left_values, left_vectors, right_values, right_vectors)
+
+
+def _in_eigenvectors(leaf: Array, factors: Factors, function: Any) -> Array:
+    layout, U, V = _layout(leaf.shape), factors.left_vectors, factors.right_vectors
+    inner = function(matmul(matmul(U.T, layout.to_matrix(leaf).astype(U.dtype)), V))
+    return layout.from_matrix(matmul(matmul(U, inner), V.T)).astype(leaf.dtype)
+
+
+def _mapped(function: Any, tree: PyTree, prepared: tuple[Factors, ...]) -> PyTree:
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, [function(leaf, factors) for leaf, factors in zip(leaves, prepared, strict=True)])
+
+
+def scale_by_kronecker_newton(
+    *,
+    every: int = 10,
+    decay: float = 0.95,
+    damping: Any = "levenberg_marquardt",
+    learning_rate: Any = "exact",
+    momentum: Any = "exact",
+    weight_decay: Any = 0.0,
+    max_attempts: int = 4,
+    max_failures: int = 10,
+) -> Optimizer:
+    """Gradients scaled by the inverse of the nearest Kronecker product of each parameter's exact block.
+
+    `update(grads, state, params, curvature=C, product=P, value=E, value_fn=f)`: C is an operator with a block for each
+    parameter, a `BlockDiagonal` of `jaxhess.hessian`, `jaxhess.gauss_newton` or `jaxhess.fisher`; or, since it is asked for
+    every some steps only, a function without arguments that gives one. P multiplies vectors with the curvature whose
+    quadratic model gives learning rate and momentum, by default with the Kronecker product itself.
+
+    Args:
+        every: how many updates the factors are kept for, >= 1.
+        decay: of the running mean of factors, in [0, 1); the first ones count equally.
+        damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`.
+
+    Matrices (m, n) have factors of m and n rows, vectors one of all their rows, arrays of more axes one for the last axis
+    and one for all others together.
+
+    Raises as `scale_by_newton` does, and `InputError`, by path, for a parameter of more than 8192 rows on a side.
+
+    >>> import jax, jax.numpy as jnp, jaxhess, optax
+    >>> def error(params, x):
+    ...     return jnp.sum((jnp.tanh(params["w"] @ x) - 0.5) ** 2)
+    >>> params, xs = {"w": jnp.ones((1, 2))}, jnp.eye(2)
+    >>> def mean(params):
+    ...     return jnp.mean(jax.vmap(error, (None, 0))(params, xs))
+    >>> optimizer = optax.chain(scale_by_kronecker_newton(every=2), optax.scale(-1.0))
+    >>> state = optimizer.init(params)
+    >>> for _ in range(12):
+    ...     E, grads, H = jaxhess.value_grad_and_hessian(error)(params, xs)
+    ...     updates, state = optimizer.update(grads, state, params, curvature=H, value=E, value_fn=mean)
+    ...     params = optax.apply_updates(params, updates)
+    >>> bool(mean(params) < 1e-6)
+    True
+    """
+    if not isinstance(every, int) or every < 1:
+        raise InputError(f"kronecker_newton: every must be a whole number >= 1, got {every}")
+    if not 0 <= decay < 1:
+        raise InputError(f"kronecker_newton: decay must be in [0, 1), got {decay}")
+    rule = as_rule("kronecker_newton", damping)
+    if isinstance(rule, TrustRadius):
+        raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
+    settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures).checked("kronecker_newton")
+    made = transformation(_KroneckerNewton(every, decay), settings)
+    return Optimizer.of(made, Wanted("either", "diagonal", sampled=True))
+
+
+def kronecker_newton(**options: Any) -> Optimizer:
+    """Newton's method with amortised Kronecker factors: `scale_by_kronecker_newton`, whose options it takes, and the sign of
+    a descent.
+
+    For `jaxhess.optimizers.step((model, loss), kronecker_newton())`, which makes the factors of one random direction of each
+    example's outputs, for the price of a gradient; or `step(fun, kronecker_newton())`, of the exact Hessian's blocks.
+
+    >>> import jax.numpy as jnp, jaxhess
+    >>> from jaxhess import optimizers
+    >>> def model(params, x):
+    ...     return jnp.tanh(params["w"] @ x)
+    >>> params, xs, targets = {"w": jnp.ones((1, 2))}, jnp.eye(2), jnp.full((2, 1), 0.5)
+    >>> optimizer = optimizers.kronecker_newton(every=2)
+    >>> train = optimizers.step((model, jaxhess.losses.squared_error), optimizer)
+    >>> state = optimizer.init(params)
+    >>> for _ in range(12):
+    ...     params, state, metrics = train(params, state, xs, targets)
+    >>> bool(metrics.loss < 1e-6)
+    True
+    """
+    scaled = scale_by_kronecker_newton(**options)
+    return Optimizer.of(optax.chain(scaled, optax.scale(-1.0)), scaled.wanted)

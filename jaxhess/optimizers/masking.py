@@ -1,0 +1,99 @@
+"""Parameters that are left out: `optax.masked` and `optax.partition` put a node without leaves in the place of each, or of a
+whole part of the tree."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhess._typing import InputError, PyTree
+from jaxhess.operators.block import BlockDiagonal
+from jaxhess.operators.full import FullHessian
+from jaxhess.operators.gauss_newton_full import GaussNewton
+from jaxhess.operators.paths import leaves_like, paths_of
+
+__all__ = ["completed", "kept_entries", "product_of_kept", "restricted"]
+
+
+def restricted(name: str, curvature: Any, structure: PyTree) -> Any:
+    """The curvature of the parameters in `structure`; itself, checked, where none is left out. Of a function that makes the
+    curvature, one that makes the restricted one; a `FullHessian` stays whole (`kept_entries` says what of it is asked for).
+
+    Raises `InputError`, naming the path, where its parameters are not those of the gradients.
+    """
+    if not hasattr(curvature, "in_structure"):
+        if not callable(curvature):
+            raise InputError(f"{name}: curvature must be an operator, got {type(curvature).__name__}")
+        return lambda: restricted(name, curvature(), structure)
+    own, what = curvature.in_structure(), f"{name}, curvature= against the gradients"
+    if not any(map(_is_masked, jax.tree.leaves(structure, is_leaf=_is_masked))):
+        leaves_like(what, structure, own)
+        return curvature
+    if jax.tree.structure(own) == jax.tree.structure(structure):
+        leaves_like(what, structure, own)
+        return curvature
+    shapes = _mapped(name, lambda _, s: s, structure, own)
+    leaves_like(what, structure, shapes)
+    if isinstance(curvature, BlockDiagonal):
+        return BlockDiagonal(_mapped(name, lambda _, block: block, structure, curvature.blocks), curvature.tags)
+    if isinstance(curvature, GaussNewton):
+        return dataclasses.replace(curvature, jacobians=_mapped(name, lambda _, J: J, structure, curvature.jacobians))
+    if isinstance(curvature, FullHessian):
+        return curvature
+    raise InputError(f"{name}: of a {type(curvature).__name__} the part of some parameters cannot be taken; give blocks")
+
+
+def kept_entries(structure: PyTree, whole: PyTree) -> np.ndarray | None:
+    """The places, among all entries of `whole` in the order of `ravel_pytree`, of what `structure` has; None for all."""
+    if jax.tree.structure(structure) == jax.tree.structure(whole):
+        return None
+    kept = jax.tree.map(
+        lambda node, part: [np.full(leaf.size, not _is_masked(node)) for leaf in jax.tree.leaves(part)],
+        structure,
+        whole,
+        is_leaf=_is_masked,
+    )
+    return np.flatnonzero(np.concatenate(jax.tree.leaves(kept)))
+
+
+def completed(name: str, params: PyTree, all_params: PyTree) -> PyTree:
+    """The parameters with those that are left out put back from `all_params`."""
+    if not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+        return params
+    if all_params is None:
+        raise InputError(
+            f"{name}: value_fn takes all parameters, of which some are masked: there are {paths_of(params)}. Pass "
+            "all_params=params to update as well"
+        )
+    return _mapped(name, lambda node, whole: whole if _is_masked(node) else node, params, all_params, keep_masked=False)
+
+
+def product_of_kept(name: str, product: Callable[[PyTree], PyTree], vector: PyTree, all_params: PyTree) -> PyTree:
+    """What a product with a matrix of all parameters gives for those of `vector`, the others being zero."""
+    if not any(map(_is_masked, jax.tree.leaves(vector, is_leaf=_is_masked))):
+        return product(vector)
+    zeros = None if all_params is None else jax.tree.map(jnp.zeros_like, all_params)
+    return _mapped(name, lambda _, part: part, vector, product(completed(name, vector, zeros)))
+
+
+def _mapped(name: str, function: Any, structure: PyTree, whole: PyTree, keep_masked: bool = True) -> PyTree:
+    """`function(leaf, part)` for each leaf of `structure` and what `whole` has there, masked nodes kept as they are."""
+
+    def at(node: Any, part: Any) -> Any:
+        return node if keep_masked and _is_masked(node) else function(node, part)
+
+    try:
+        return jax.tree.map(at, structure, whole, is_leaf=_is_masked)
+    except ValueError as error:
+        raise InputError(
+            f"{name}: the parameters, some of them masked, do not match: {jax.tree.structure(structure)} against "
+            f"{paths_of(whole)}"
+        ) from error
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)

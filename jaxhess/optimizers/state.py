@@ -1,0 +1,93 @@
+"""What a second-order optimizer remembers and reports."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxhess._typing import Array, PyTree
+from jaxhess.optimizers.damping import Control
+
+__all__ = ["SOLVERS", "Optimizer", "SecondOrderState", "StepInfo", "Wanted", "find_state"]
+
+SOLVERS = (
+    "none",
+    "eigendecomposition of each block",
+    "eigendecomposition of the whole",
+    "trust region by eigendecomposition",
+    "Cholesky of each block",
+    "Cholesky of the Gram matrix",
+    "Cholesky of the normal equations",
+    "conjugate gradients",
+    "Kronecker factors",
+)
+
+
+class StepInfo(NamedTuple):
+    """How the last step went; each 0-d. NaN where it is not known.
+
+    `solver` is a place in `SOLVERS`, whose name is `solver_name`.
+    """
+
+    loss: Array  # before the step
+    new_loss: Array  # after it, as `value_fn` says
+    predicted: Array  # what the quadratic model said it would fall by
+    ratio: Array  # what it fell by, over that
+    accepted: Array  # bool
+    attempts: Array  # int32: how many dampings, or lengths, were tried
+    iterations: Array  # int32: of the solver, all attempts together
+    residual: Array  # relative, of the last linear system
+    learning_rate: Array
+    momentum: Array
+    solver: Array  # int32
+
+    @property
+    def solver_name(self) -> str:
+        """Which solver it was."""
+        return SOLVERS[int(self.solver)]
+
+
+class SecondOrderState(NamedTuple):
+    """The state of `scale_by_newton` and the others: arrays only, so it can be saved, restored, sharded and donated."""
+
+    count: Array  # () int32: updates so far  # pyright: ignore[reportIncompatibleMethodOverride]
+    control: Control  # 3 x (): damping or radius, its growth, the scale of repeated steps
+    failures: Array  # () int32: updates in a row that met a number which is not finite
+    value: Array  # (): the last `value`, for damping without `value_fn`
+    previous: PyTree  # like the parameters: the last step, for momentum and warm starts; () where neither is in use
+    memory: PyTree  # what the method itself keeps: Kronecker factors
+    info: StepInfo
+
+
+class Wanted(NamedTuple):
+    """The curvature that an optimizer takes, for `jaxhess.optimizers.step`: "hessian" or "gauss_newton", with blocks
+    "diagonal" or "full"; `sampled` if Kronecker factors of a sample of the outputs' directions will do."""
+
+    curvature: str
+    blocks: str
+    sampled: bool = False
+
+
+class Optimizer(optax.GradientTransformationExtraArgs):
+    """An `optax.GradientTransformationExtraArgs` that knows which curvature it wants, in `wanted`."""
+
+    wanted: Wanted
+
+    @classmethod
+    def of(cls, transformation: optax.GradientTransformation, wanted: Wanted) -> "Optimizer":
+        """The transformation, with what it wants beside it."""
+        made = cls(transformation.init, optax.with_extra_args_support(transformation).update)
+        made.wanted = wanted
+        return made
+
+
+def find_state(state: Any) -> SecondOrderState | None:
+    """The first `SecondOrderState` within an optimizer's state, that of a chain say; None where there is none."""
+    for node in jax.tree.leaves(state, is_leaf=_is_state):
+        if _is_state(node):
+            return node
+    return None
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, SecondOrderState)

@@ -1,0 +1,183 @@
+"""One jitted training step: loss, gradient, curvature, update."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.optimizers.sampling import sampled_curvature
+from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, find_state
+from jaxhess.transforms import gauss_newton, gauss_newton_vp, hessian, hvp, value_grad_and_hessian
+from jaxhess.transforms.checks import check_option, hashable
+
+__all__ = ["Metrics", "step"]
+
+
+class Metrics(NamedTuple):
+    """What one training step tells; each 0-d, NaN where it is not known.
+
+    `loss` is the mean before the step, `damping` the next step's (a trust region's radius), `gain_ratio` what the loss fell
+    by over what the quadratic model said; `accepted` whether the parameters moved, `attempts` how many dampings were tried,
+    `iterations` those of the solver, `residual` that of its last system; `solver` a place in `SOLVERS`.
+    """
+
+    loss: Array
+    damping: Array
+    gain_ratio: Array
+    accepted: Array
+    attempts: Array
+    iterations: Array
+    residual: Array
+    learning_rate: Array
+    momentum: Array
+    solver: Array
+
+    @property
+    def solver_name(self) -> str:
+        """Which solver it was."""
+        return SOLVERS[int(self.solver)]
+
+
+def step(
+    loss_or_model: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    curvature: str | Callable[..., Any] | None = None,
+    blocks: str | None = None,
+    batch_size: int | None = None,
+) -> Callable[..., tuple[PyTree, Any, Metrics]]:
+    """One training step as a compiled function, `(params, state, *batch)` -> `(params, state, metrics)`.
+
+    Args:
+        loss_or_model: the error of ONE example, `fun(params, *example) -> ()`; or the pair `(model, loss)` of
+            `model(params, x)` and `loss(output, *targets)`, which Gauss-Newton needs. Any pytree of arrays will do for
+            `params`: those of Flax (`nnx.State`) or Equinox (a filtered module) too.
+        optimizer: of `jaxhess.optimizers`, alone or within `optax.chain`, `optax.masked` and the like; or any of optax.
+        curvature: "hessian" or "gauss_newton", or a function of `(params, *batch)` that gives an operator. By default what
+            the optimizer wants; after `optax.chain`, which forgets that, Gauss-Newton of a pair and the Hessian else.
+        blocks: "diagonal" or "full", of the curvature; by default what the optimizer wants, or "diagonal" for a Hessian and
+            "full" for Gauss-Newton.
+        batch_size: compute the curvature in chunks of so many examples.
+
+    Returns:
+        The function; the batch has a leading axis of r examples, of which the mean loss counts. The first call compiles.
+
+    Raises:
+        InputError: if Gauss-Newton is wanted of a loss alone, or for options that are not known.
+
+    >>> import jax.numpy as jnp, jaxhess
+    >>> from jaxhess import optimizers
+    >>> def error(params, x, target):
+    ...     return jnp.sum((params["w"] @ x - target) ** 2) / 2
+    >>> params, xs, targets = {"w": jnp.zeros((1, 2))}, jnp.eye(2), jnp.array([[1.0], [3.0]])
+    >>> optimizer = optimizers.newton(damping=1e-6)
+    >>> train, state = optimizers.step(error, optimizer), optimizer.init(params)
+    >>> params, state, metrics = train(params, state, xs, targets)
+    >>> metrics.loss.item(), jnp.round(params["w"], 1).tolist(), metrics.solver_name
+    (2.5, [[1.0, 3.0]], 'eigendecomposition of each block')
+    """
+    pair = isinstance(loss_or_model, tuple)
+    if pair and len(loss_or_model) != 2:
+        raise InputError(f"step: a model comes with its loss, (model, loss); got {len(loss_or_model)} functions")
+    model, loss = map(hashable, loss_or_model if pair else (loss_or_model, loss_or_model))
+    error = _Error(model, loss) if pair else model
+    wanted = _wanted(optimizer, pair, curvature, blocks)
+    update = optax.with_extra_args_support(optimizer).update
+
+    def mean(params: PyTree, *batch: PyTree) -> Array:
+        return jnp.mean(jax.vmap(error, in_axes=(None, *(0 for _ in batch)))(params, *batch))
+
+    def arguments(count: Any, params: PyTree, *batch: PyTree) -> tuple[Array, PyTree, dict[str, Any]]:
+        """The loss, the gradient, and what curvature there is."""
+        if wanted is None:
+            return *jax.value_and_grad(mean)(params, *batch), {}
+        if callable(curvature):
+            return *jax.value_and_grad(mean)(params, *batch), {"curvature": curvature(params, *batch)}
+        if wanted.curvature == "hessian":
+            if wanted.sampled:
+                made = functools.partial(hessian(error, batch_size=batch_size), params, *batch)
+                products = {"product": lambda v: hvp(error, batch_size=batch_size)(params, v, *batch)}
+                return *jax.value_and_grad(mean)(params, *batch), {"curvature": made, **products}
+            evaluate: Any = value_grad_and_hessian
+            value, gradient, H = evaluate(error, blocks=wanted.blocks, batch_size=batch_size)(params, *batch)
+            return value, gradient, {"curvature": H}
+        value, gradient = jax.value_and_grad(mean)(params, *batch)
+        if wanted.sampled:
+            key = jax.random.fold_in(jax.random.key(0), count)
+            made = functools.partial(sampled_curvature, model, loss, params, *batch, key=key)
+            product = gauss_newton_vp(model, loss, batch_size=batch_size)
+            return value, gradient, {"curvature": made, "product": lambda v: product(params, v, *batch)}
+        G = gauss_newton(model, loss, blocks=wanted.blocks, batch_size=batch_size)(params, *batch)
+        return value, gradient, {"curvature": G}
+
+    @jax.jit
+    def train(params: PyTree, state: Any, *batch: PyTree) -> tuple[PyTree, Any, Metrics]:
+        own = find_state(state)
+        value, gradient, extra = arguments(0 if own is None else own.count, params, *batch)
+        updates, state = update(
+            gradient, state, params, value=value, grad=gradient, value_fn=lambda p: mean(p, *batch), all_params=params,
+            **extra,
+        )  # fmt: skip
+        return optax.apply_updates(params, updates), state, _metrics(value, find_state(state))
+
+    return train
+
+
+class _Error:
+    """The error of one example, of a model and its loss; equal where these are."""
+
+    def __init__(self, model: Callable[..., Any], loss: Callable[..., Any]) -> None:
+        self.model, self.loss = model, loss
+
+    def __call__(self, params: PyTree, x: PyTree, *targets: PyTree) -> Array:
+        return self.loss(self.model(params, x), *targets)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Error) and (self.model, self.loss) == (other.model, other.loss)
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.loss))
+
+
+def _wanted(optimizer: Any, pair: bool, curvature: Any, blocks: str | None) -> Wanted | None:
+    own = getattr(optimizer, "wanted", None)
+    if curvature is None and own is None and blocks is None and not pair:
+        return Wanted("hessian", "diagonal") if _is_second_order(optimizer) else None
+    if own is None and curvature is None and not _is_second_order(optimizer):
+        return None
+    if isinstance(curvature, str):
+        check_option("curvature", curvature, ("hessian", "gauss_newton"))
+    if blocks is not None:
+        check_option("blocks", blocks, ("diagonal", "full"))
+    named = curvature if isinstance(curvature, str) else None
+    kind = named or (own.curvature if own else "gauss_newton" if pair else "hessian")
+    if kind == "either":
+        kind = "gauss_newton" if pair else "hessian"
+    usual = "full" if kind == "gauss_newton" else "diagonal"
+    if kind == "gauss_newton" and not pair and not callable(curvature):
+        raise InputError(
+            "step: Gauss-Newton needs the model and its loss apart; pass step((model, loss), optimizer) with model(params, "
+            "x) and loss(output, target), or curvature='hessian' with newton or kronecker_newton"
+        )
+    chosen = own.blocks if own and own.curvature in (kind, "either") else usual
+    return Wanted(kind, blocks or chosen, own.sampled if own else False)
+
+
+def _is_second_order(optimizer: Any) -> bool:
+    """Whether there is one of ours within, as the state that it makes shows."""
+    return find_state(jax.eval_shape(optimizer.init, {"w": jnp.zeros((1, 1))})) is not None
+
+
+def _metrics(value: Array, state: SecondOrderState | None) -> Metrics:
+    unknown, zero = jnp.full_like(value, jnp.nan), jnp.zeros((), jnp.int32)
+    if state is None:
+        return Metrics(value, unknown, unknown, jnp.ones((), bool), zero, zero, unknown, unknown, unknown, zero)
+    info = state.info
+    return Metrics(
+        value, state.control.damping, info.ratio, info.accepted, info.attempts, info.iterations, info.residual,
+        info.learning_rate, info.momentum, info.solver,
+    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""The minimum of a quadratic within a ball, from the eigendecomposition of its matrix; it need not be definite.
+
+    minimise g^T s + s^T H s / 2 over ||s|| <= Δ         s(λ) = -(H + λ)^-1 g,  λ >= max(0, -λ_min),  λ (||s|| - Δ) = 0
+
+In the eigenvectors' coordinates c = U^T g, `||s(λ)||^2 = sum_e c_e^2 / (μ_e + λ)^2` falls with λ, so the λ of ||s|| = Δ is
+found by bisection, to rounding. In the hard case, where c has no part along the eigenvectors of λ_min, what is missing to Δ
+is taken along one of them (Moré and Sorensen 1983).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess._typing import Array, Float
+
+__all__ = ["InBall", "minimum_in_ball"]
+
+
+class InBall(NamedTuple):
+    """The minimum's coordinates (k,), the λ of its equation, and its length, 0-d."""
+
+    coordinates: Array
+    damping: Array
+    length: Array
+
+
+def minimum_in_ball(eigenvalues: Float[Array, "k"], gradient: Float[Array, "k"], radius: Array) -> InBall:
+    """The minimum of `g^T s + s^T diag(μ) s / 2` within `||s|| <= radius`, all in the eigenvectors' coordinates.
+
+    >>> import jax.numpy as jnp
+    >>> found = minimum_in_ball(jnp.array([3.0, 5.0]), jnp.array([4.0, 0.0]), 1.0)
+    >>> jnp.round(found.coordinates[0], 2).item(), jnp.round(found.damping, 2).item()
+    (-1.0, 1.0)
+    """
+    mu, dtype = eigenvalues, eigenvalues.dtype
+    eps = jnp.finfo(dtype).eps
+    radius = jnp.asarray(radius, dtype)
+    lowest, size = jnp.min(mu), jnp.max(jnp.abs(mu))
+    scale = jnp.sqrt(jnp.sum(gradient**2))
+
+    def at(damping: Array) -> Array:
+        shifted = mu + damping
+        positive = shifted > 0
+        return jnp.where(positive, -gradient / jnp.where(positive, shifted, 1), 0)
+
+    def length(damping: Array) -> Array:
+        return jnp.sqrt(jnp.sum(at(damping) ** 2))
+
+    # ||s(λ)|| <= ||g|| / (λ_min + λ): at the upper end the step is within the ball.
+    low = jnp.maximum(0, -lowest)
+    floor = low + 4 * eps * jnp.maximum(size, low)
+    high = jnp.maximum(floor, low + scale / jnp.where(radius > 0, radius, 1)) * (1 + 4 * eps)
+    inside = (lowest > 0) & (length(jnp.zeros((), dtype)) <= radius)
+
+    def halved(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        below, above = ends
+        # Between powers of the damping: its scale is not known.
+        middle = jnp.where(below > low, jnp.sqrt((below - low) * (above - low)) + low, (below + above) / 2)
+        outside = length(middle) > radius
+        return jnp.where(outside, middle, below), jnp.where(outside, above, middle)
+
+    _, above = jax.lax.fori_loop(0, 2 * jnp.finfo(dtype).nmant, halved, (floor, high))
+    damping = jnp.where(inside, 0, jnp.where(length(floor) <= radius, floor, above))
+    step = at(damping)
+    # The hard case: along the lowest eigenvector, downhill if there is a slope at all.
+    missing = jnp.sqrt(jnp.maximum(radius**2 - jnp.sum(step**2), 0))
+    hard = (~inside) & (lowest < 0) & (length(floor) < radius)
+    place = jnp.argmin(mu)
+    towards = jnp.where(gradient[place] > 0, -1, 1).astype(dtype)
+    step = jnp.where(hard, step.at[place].add(towards * missing), step)
+    return InBall(step, damping, jnp.sqrt(jnp.sum(step**2)))
