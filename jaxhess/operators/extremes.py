@@ -59,7 +59,8 @@ class KroneckerGuess:
     """kron(A, B) by its eigenvectors, as something near an operator: where to start from, and where to go on to.
 
     Made by `kronecker_guess`. `rows` (m,) and `row_vectors` (m, m) are eigenvalues and eigenvectors of A, `columns` (n,)
-    and `column_vectors` (n, n) those of B.
+    and `column_vectors` (n, n) those of B. With `turned`, the operator as it acts on the coordinates `V^T W^T` (n, m) of
+    each parameter W, V the eigenvectors of B, `extreme_eigenpairs` searches there and turns only what it returns.
     """
 
     rows: Float[Array, "m"]
@@ -67,9 +68,23 @@ class KroneckerGuess:
     columns: Float[Array, "n"]
     column_vectors: Float[Array, "n n"]
     layout: Layout = dataclasses.field(metadata={"static": True})
+    turned: Any = None
 
     def start(self, count: int, which: Which = "magnitude") -> Float[Array, "count ..."]:
         """The `count` extreme eigenvectors, outer products of those of A and B, (count, *shape of the parameter)."""
+        return self.from_coordinates(self.start_coordinates(count, which))
+
+    def directions(self, residuals: Float[Array, "b ..."], eigenvalues: Float[Array, "b"]) -> Float[Array, "b ..."]:
+        """`(kron(A, B) - θ)^-1 r` for each residual, but for denominators kept away from zero."""
+        R = matmul(self.column_vectors.T, jnp.swapaxes(jax.vmap(self.layout.to_matrix)(residuals), 1, 2))
+        return self.from_coordinates(self.direction_coordinates(R, eigenvalues))
+
+    def from_coordinates(self, X: Float[Array, "b n m"]) -> Float[Array, "b ..."]:
+        """The parameters W that have the coordinates `V^T W^T` in X."""
+        return jax.vmap(self.layout.from_matrix)(jnp.swapaxes(matmul(self.column_vectors, X), 1, 2))
+
+    def start_coordinates(self, count: int, which: Which) -> Float[Array, "count n m"]:
+        """`start` in coordinates."""
         products = jnp.outer(self.rows, self.columns).reshape(-1)
         if count > products.size:
             raise InputError(
@@ -77,20 +92,17 @@ class KroneckerGuess:
             )
         chosen = extreme_positions(products, count, which)
         i, j = chosen // self.columns.size, chosen % self.columns.size
-        outer = self.row_vectors.T[i][:, :, None] * self.column_vectors.T[j][:, None, :]
-        return jax.vmap(self.layout.from_matrix)(outer)
+        X = jnp.zeros((count, self.columns.size, self.rows.size), self.row_vectors.dtype)
+        return X.at[jnp.arange(count), j].set(self.row_vectors.T[i])
 
-    def directions(self, residuals: Float[Array, "b ..."], eigenvalues: Float[Array, "b"]) -> Float[Array, "b ..."]:
-        """`(kron(A, B) - θ)^-1 r` for each residual, but for denominators kept away from zero."""
+    def direction_coordinates(self, R: Float[Array, "b n m"], eigenvalues: Float[Array, "b"]) -> Float[Array, "b n m"]:
+        """`directions` of residuals in coordinates: B is diagonal there, and A stands on the side that is contiguous."""
         # Nearer to θ than a tenth of it, the spectrum of kron(A, B) does not tell where the operator's is.
-        R = jax.vmap(self.layout.to_matrix)(residuals)
         largest = jnp.max(jnp.abs(eigenvalues))
         least = jnp.where(largest > 0, 0.1 * largest, 1)
-        difference = jnp.outer(self.rows, self.columns)[None] - eigenvalues[:, None, None]
+        difference = jnp.outer(self.columns, self.rows)[None] - eigenvalues[:, None, None]
         bounded = jnp.where(difference < 0, jnp.minimum(difference, -least), jnp.maximum(difference, least))
-        U, V = self.row_vectors, self.column_vectors
-        inner = matmul(matmul(U.T, R), V) / bounded
-        return jax.vmap(self.layout.from_matrix)(matmul(U, matmul(inner, V.T)))
+        return matmul(matmul(R, self.row_vectors) / bounded, self.row_vectors.T)
 
 
 def kronecker_guess(A: Float[Array, "m m"], B: Float[Array, "n n"], layout: Layout | None = None) -> KroneckerGuess:
@@ -253,17 +265,22 @@ class _Found(NamedTuple):
 
 
 def _solution(operator: Any, tolerance: Any, start: Any, plan: _Plan) -> tuple[Array, PyTree, ExtremesInfo]:
-    space = RowSpace.of(operator)
+    turned = start.turned if isinstance(start, KroneckerGuess) else None
+    searched = operator if turned is None else turned
+    space = RowSpace.of(searched)
 
     def multiply(rows: Array) -> Array:
-        return space.rows(jax.vmap(operator.mv)(space.vectors(rows)))
+        return space.rows(jax.vmap(searched.mv)(space.vectors(rows)))
 
     if plan.dense:
         found = _dense_pairs(multiply, plan, operator.in_size(), space.dtype, tolerance)
         products = jnp.asarray(plan.first, jnp.int32)
     else:
         found, products = _search(multiply, plan, operator.in_size(), space, tolerance, start)
-    return found.values, space.vectors(found.X), ExtremesInfo(products, found.error, found.converged)
+    vectors = space.vectors(found.X)
+    if turned is not None:
+        vectors = start.from_coordinates(vectors)
+    return found.values, vectors, ExtremesInfo(products, found.error, found.converged)
 
 
 # Called outside of a user's `jit`, the loop would be compiled every time.
@@ -287,7 +304,10 @@ def _search(multiply: Callable, plan: _Plan, N: int, space: RowSpace, tolerance:
     def ritz(size: int):
         return lambda V, W, T: _ritz(plan, size, V, W, T)
 
-    branches = [ritz(size) for size in plan.sizes]
+    def projection(size: int):
+        return lambda D, V: D - matmul(matmul(D, V[:size].T), V[:size])
+
+    branches, projections = [ritz(size) for size in plan.sizes], [projection(size) for size in plan.sizes]
 
     def body(state: _State) -> _State:
         # A loop of one turn or none, and not a `cond`: it leaves V and W where they are.
@@ -308,8 +328,9 @@ def _search(multiply: Callable, plan: _Plan, N: int, space: RowSpace, tolerance:
         def directions() -> Array:
             R, theta = pairs.R[worst], pairs.values[worst]
             if guess is not None:
-                R = space.rows(guess.directions(space.vectors(R), theta))
-            return orthonormal(unit_rows(R), state.V, p + state.step * b, state.products)
+                towards = guess.directions if guess.turned is None else guess.direction_coordinates
+                R = space.rows(towards(space.vectors(R), theta))
+            return orthonormal(unit_rows(R), lambda D: jax.lax.switch(state.step, projections, D, state.V), state.products)
 
         Y = jax.lax.cond(found.converged, lambda: Y, directions)
         return state._replace(T=pairs.T, Y=Y, pending=jnp.asarray(True), found=found)
@@ -317,7 +338,7 @@ def _search(multiply: Callable, plan: _Plan, N: int, space: RowSpace, tolerance:
     def unfinished(state: _State) -> Array:
         return ~state.pending | (~state.found.converged & (state.products + b <= plan.budget))
 
-    V = orthonormal(unit_rows(_first_block(plan, N, space, start)), jnp.zeros((0, N), dtype), jnp.asarray(0), 1)
+    V = orthonormal(unit_rows(_first_block(plan, N, space, start)), lambda D: D, 1)
     W = multiply(V)
     T = jnp.zeros((P, P), dtype).at[:p, :p].set(symmetrise(matmul(V, W.T)))
     V, W = (jnp.zeros((P, N), dtype).at[:p].set(rows) for rows in (V, W))
@@ -337,7 +358,8 @@ def _first_block(plan: _Plan, N: int, space: RowSpace, start: Any) -> Array:
     if start is None:
         return added
     if isinstance(start, KroneckerGuess):
-        start = start.start(plan.first, plan.which)
+        count, which = plan.first, plan.which
+        start = start.start(count, which) if start.turned is None else start.start_coordinates(count, which)
     given = space.rows(start)[: plan.first]
     return (_START_NOISE * added).at[: given.shape[0]].add(unit_rows(given))
 

@@ -202,7 +202,11 @@ class KroneckerProductSum(CurvatureOperator):
         return _of_examples(self, function)
 
     def _start(self):
-        return _guess(self)
+        guess, Z = _guess(self)
+        # Outside of the `jit`, which would copy Q.
+        return dataclasses.replace(
+            guess, turned=KroneckerProductSum(self.Q, Z, Layout.transposed(self.layout.m, self.layout.n))
+        )
 
     def __repr__(self):
         r = shape_text(self.Z).strip("()").split(",")[0]
@@ -250,9 +254,11 @@ def _of_examples(operator: KroneckerProductSum, function: Callable[[Array], Arra
 
 
 @jax.jit
-def _guess(operator: KroneckerProductSum) -> KroneckerGuess:
+def _guess(operator: KroneckerProductSum) -> tuple[KroneckerGuess, Array]:
+    """kron(mean of Q, mean of z z^T) by its eigenvectors, and Z in those of its right factor."""
     Q, Z = operator.Q, operator.Z
-    return kronecker_guess(jnp.mean(Q, axis=0), matmul(Z.T, Z) / Z.shape[0], operator.layout)
+    guess = kronecker_guess(jnp.mean(Q, axis=0), matmul(Z.T, Z) / Z.shape[0], operator.layout)
+    return guess, matmul(Z, guess.column_vectors)
 
 
 @jax.jit

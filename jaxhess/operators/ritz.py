@@ -16,6 +16,7 @@ so repeated and clustered eigenvalues converge as the well separated ones do.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -53,18 +54,17 @@ class RowSpace(NamedTuple):
         return jax.tree.unflatten(self.structure, shaped)
 
 
-def orthonormal(D: Array, V: Array, used: Array, seed: Any) -> Array:
-    """Rows that span those of D, unit ones, orthonormal and orthogonal to the first `used` rows of V.
+def orthonormal(D: Array, project: Callable[[Array], Array], seed: Any) -> Array:
+    """Rows that span those of D, unit ones, orthonormal and orthogonal to what `project` takes away.
 
-    A round is a projection, a Gram matrix and its Cholesky factor. One does where D is far enough from V and from
-    dependence, else there is another. Where D has no independent rows left, noise is put in: it keeps the smallest
-    eigenvalue of the Gram matrix above the shift of the diagonal.
+    A round is a projection, a Gram matrix and its Cholesky factor. One does where D is far enough from the space projected
+    out and from dependence, else there is another. Where D has no independent rows left, noise is put in: it keeps the
+    smallest eigenvalue of the Gram matrix above the shift of the diagonal.
     """
     b, shift = D.shape[0], jnp.finfo(D.dtype).eps ** 0.8
 
     def one_round(D: Array) -> tuple[Array, Array]:
-        if V.shape[0]:
-            D = D - matmul(jnp.where(jnp.arange(V.shape[0])[None, :] < used, matmul(D, V.T), 0), V)
+        D = project(D)
         gram = symmetrise(matmul(D, D.T))
         left = jnp.diagonal(gram)
         scale = jax.lax.rsqrt(jnp.where(left > 0, left, 1))

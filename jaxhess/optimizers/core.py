@@ -27,6 +27,9 @@ from jaxhess.optimizers.state import SOLVERS, SecondOrderState, StepInfo
 __all__ = ["Direction", "Method", "Settings", "transformation"]
 
 
+_RATIO = 2.0  # between the dampings of an approximate inverse that are compared
+
+
 class Direction(NamedTuple):
     """`step` d, the method's own damping for it, and how the solver went."""
 
@@ -74,6 +77,7 @@ class Settings:
     attempts: int = 8
     failures: int = 10
     warm_start: bool = False
+    tuned_every: int = 0  # how often the damping of an approximate inverse is chosen by the quadratic model; 0: never
 
     @property
     def keeps_steps(self) -> bool:
@@ -177,10 +181,31 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         if value_fn is None and settings.rule.adaptive:
             control = _by_last_value(settings.rule, control, state, value)
 
+        def at(strength: Array, damping: Array) -> tuple[Direction, Combination]:
+            found = method.direction(prepared, gradient, strength + decay, state.previous)
+            found = found._replace(damping=jnp.where(found.damping == strength + decay, damping + decay, found.damping))
+            return found, _combined(settings, found, gradient, state.previous, multiply, count)
+
+        def propose(control: Control) -> tuple[Direction, Combination, Control]:
+            if not settings.tuned_every:
+                return *at(control.damping, control.damping), control
+
+            def chosen(control: Control) -> tuple[Direction, Combination, Control]:
+                strengths = control.strength * jnp.asarray([1 / _RATIO, 1, _RATIO], dtype)
+                found, combined = jax.vmap(lambda strength: at(strength, control.damping))(strengths)
+                gains = jax.vmap(lambda c: _model_gain(gradient, c, control.damping + decay))(combined)
+                best = jnp.argmax(jnp.where(jnp.isfinite(gains), gains, -jnp.inf))
+                found, combined = jax.tree.map(lambda x: x[best], (found, combined))
+                return found, combined, control._replace(strength=strengths[best])
+
+            def same(control: Control) -> tuple[Direction, Combination, Control]:
+                return *at(control.strength, control.damping), control
+
+            return jax.lax.cond(count % settings.tuned_every == 0, chosen, same, control)
+
         def attempt(before: _Attempts) -> _Attempts:
             control = before.control
-            found = method.direction(prepared, gradient, control.damping + decay, state.previous)
-            combined = _combined(settings, found, gradient, state.previous, multiply, count)
+            found, combined, control = propose(control)
             step = times(control.scale, combined.step)
             curved = times(control.scale, combined.product)
             predicted = -(dot(gradient, step) + dot(step, curved) / 2).astype(dtype)
@@ -252,6 +277,12 @@ def _combined(
         step = plus(step, momentum, previous) if moving else step
         combined = Combination(step, times(rate, product), rate, momentum)
     return combined._replace(product=plus(combined.product, momentum, multiply(previous))) if moving else combined
+
+
+def _model_gain(gradient: PyTree, combined: Combination, damping: Array) -> Array:
+    """What the quadratic model, damping included, falls by."""
+    step = combined.step
+    return -(dot(gradient, step) + (dot(step, combined.product) + damping * dot(step, step)) / 2)
 
 
 def _by_last_value(rule: Rule, control: Control, state: SecondOrderState, value: Array) -> Control:

@@ -31,6 +31,7 @@ class Control(NamedTuple):
     damping: Array  # λ; the radius Δ of a trust region
     growth: Array  # ν
     scale: Array  # what a refused step with constant damping is multiplied by when it is tried again
+    strength: Array  # γ, the damping of an approximate inverse, where that is chosen apart from λ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Constant:
 
     def start(self, dtype: Any) -> Control:
         given = self.damping(jnp.zeros((), jnp.int32)) if callable(self.damping) else self.damping
-        return Control(jnp.asarray(given, dtype), jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype))
+        return _begun(given, dtype)
 
     def begin(self, control: Control, count: Array) -> Control:
         given = self.damping(count) if callable(self.damping) else self.damping
@@ -68,7 +69,7 @@ class LevenbergMarquardt:
     adaptive = True
 
     def start(self, dtype: Any) -> Control:
-        return Control(jnp.asarray(self.initial, dtype), jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype))
+        return _begun(self.initial, dtype)
 
     def begin(self, control: Control, count: Array) -> Control:
         del count
@@ -99,7 +100,7 @@ class TrustRadius:
     adaptive = True
 
     def start(self, dtype: Any) -> Control:
-        return Control(jnp.asarray(self.initial, dtype), jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype))
+        return _begun(self.initial, dtype)
 
     def begin(self, control: Control, count: Array) -> Control:
         del count
@@ -114,6 +115,11 @@ class TrustRadius:
     def refused(self, control: Control, length: Array) -> Control:
         known = jnp.isfinite(length)
         return control._replace(damping=jnp.minimum(control.damping, jnp.where(known, length, control.damping)) / 4)
+
+
+def _begun(damping: Any, dtype: Any) -> Control:
+    damping = jnp.asarray(damping, dtype)
+    return Control(damping, jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype), damping)
 
 
 Rule = Constant | LevenbergMarquardt | TrustRadius

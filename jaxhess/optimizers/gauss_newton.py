@@ -31,6 +31,8 @@ from jaxhess.operators.reduction import Reduction
 from jaxhess.operators.vectors import like, norm, plus
 from jaxhess.optimizers.core import Direction, Method, Settings, transformation
 from jaxhess.optimizers.damping import TrustRadius, as_rule
+from jaxhess.optimizers.kronecker_factors import preconditioner_from
+from jaxhess.optimizers.products import LinearisedGaussNewton
 from jaxhess.optimizers.state import Optimizer, Wanted
 
 __all__ = ["Choice", "choose_solver", "gauss_newton", "scale_by_gauss_newton"]
@@ -95,7 +97,10 @@ class _GaussNewton(Method):
 
     def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array) -> tuple[Any, PyTree]:
         del structure, count
-        operator = wide(curvature if hasattr(curvature, "in_structure") else curvature())
+        operator = curvature if hasattr(curvature, "in_structure") else curvature()
+        if isinstance(operator, LinearisedGaussNewton):
+            return _Iterated(operator), memory
+        operator = wide(operator)
         asked = self.solver_asked
         if not isinstance(operator, GaussNewton):
             if asked in ("gram", "normal"):
@@ -125,7 +130,12 @@ class _GaussNewton(Method):
     def direction(self, prepared: Any, gradient: PyTree, damping: Array, start: PyTree) -> Direction:
         right = jax.tree.map(lambda g, s: -g.astype(s.dtype), gradient, prepared.operator.in_structure())
         if isinstance(prepared, _Iterated):
-            preconditioner = preconditioner_of(prepared.operator, damping, asked=True)
+            if not isinstance(prepared.operator, LinearisedGaussNewton):
+                preconditioner = preconditioner_of(prepared.operator, damping, asked=True)
+            elif prepared.operator.blocks is not None:
+                preconditioner = preconditioner_from(prepared.operator.blocks, damping)
+            else:
+                preconditioner = None
             start = like(right, start) if jax.tree.leaves(start) else None
             step, info = iterative_solve(
                 prepared.operator, right, damping, method="cg", preconditioner=preconditioner, tolerance=self.tolerance,

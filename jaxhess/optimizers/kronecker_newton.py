@@ -12,25 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxhess._linalg import matmul, symmetrise
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.block import BlockDiagonal
-from jaxhess.operators.functions import wide
-from jaxhess.operators.gauss_newton import GaussNewtonBlock
-from jaxhess.operators.layout import Layout
-from jaxhess.operators.nearest import nearest_kronecker
 from jaxhess.operators.paths import naming, paths_of
 from jaxhess.optimizers.core import Direction, Method, Settings, transformation
 from jaxhess.optimizers.damping import TrustRadius, as_rule
+from jaxhess.optimizers.kronecker_factors import factors_of, layout_of
 from jaxhess.optimizers.state import Optimizer, Wanted
 
 __all__ = ["Factors", "kronecker_newton", "scale_by_kronecker_newton"]
 
 _LARGEST = 8192  # side of a factor
-_ROUNDS = 3
 
 
 class Factors(NamedTuple):
@@ -87,7 +82,7 @@ class _KroneckerNewton(Method):
             kept = []
             for (path, block), old in zip(operator.items(), memory.factors, strict=True):
                 with naming(path):
-                    kept.append(_averaged(old, *_factors_of(wide(block)), weight))
+                    kept.append(_averaged(old, *factors_of(block), weight))
             new = Memory(tuple(kept), memory.refreshed + 1)
             # What is not finite is not remembered.
             good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
@@ -120,78 +115,8 @@ class _KroneckerNewton(Method):
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
     """(m, n) of a parameter: a vector is all rows; of more than two axes the last one is the rows."""
-    layout = _layout(shape)
+    layout = layout_of(shape)
     return layout.m, layout.n
-
-
-def _layout(shape: tuple[int, ...]) -> Layout:
-    axes = tuple(range(len(shape)))
-    return Layout(shape, shape, axes[-1:], axes[:-1]) if len(shape) > 2 else Layout(shape, shape, axes[:1], axes[1:])
-
-
-def _factors_of(block: Any) -> tuple[Array, Array]:
-    """A and B of the nearest product, in the layout that the state has."""
-    shape = block.in_structure().shape
-    layout = _layout(shape)
-    if isinstance(block, GaussNewtonBlock) and block.jacobian.matrix_sizes is not None:
-        own = jax.eval_shape(block.kronecker_terms).layout
-        if block.curvature is None or block.curvature.ndim == 2:
-            A, B = _nearest_of_rows(block)
-            return _in_layout(A, B, own, layout)
-    found = nearest_kronecker(block) if len(shape) <= 2 else nearest_kronecker(block, layout)
-    return _in_layout(found.operator.A, found.operator.B, found.operator.layout, layout)
-
-
-def _in_layout(A: Array, B: Array, own: Layout, layout: Layout) -> tuple[Array, Array]:
-    if _same_order(own, layout):
-        return A, B
-    if _same_order(Layout(own.shape, own.sizes, own.columns, own.rows), layout):
-        return B, A
-    raise InputError(
-        f"the layer reads its {layout.shape} parameter as rows {own.rows} and columns {own.columns} of {own.sizes}, which "
-        "has no Kronecker factors along the parameter's own axes"
-    )
-
-
-def _same_order(a: Layout, b: Layout) -> bool:
-    """Whether two layouts read the same matrix."""
-    entries = np.arange(a.m * a.n)
-
-    def read(layout: Layout) -> Any:
-        order = layout.rows + layout.columns
-        return np.transpose(entries.reshape(layout.sizes), order).reshape(layout.m, layout.n)
-
-    return (a.m, a.n) == (b.m, b.n) and bool(np.array_equal(read(a), read(b)))
-
-
-def _nearest_of_rows(block: GaussNewtonBlock) -> tuple[Array, Array]:
-    """The nearest product to `(1/r) sum_ic b_ic kron(v_ic v_ic^T, z_i z_i^T)`, by alternating least squares, without Q."""
-    J = block.jacobian
-    use = J.uses[0]
-    r, M = J.examples, J.outputs
-    assert use.inputs is not None
-    V, Z = use.scale * use.rows.reshape(r, M, -1), use.inputs.reshape(r, -1)
-    weights = jnp.ones((r, M), V.dtype) if block.curvature is None else block.curvature
-    weights = block.factor * weights / r
-
-    def left(B: Array) -> Array:
-        lengths = jnp.sum(matmul(Z, B) * Z, axis=1)
-        weighted = (weights * lengths[:, None])[:, :, None] * V
-        return symmetrise(matmul(weighted.reshape(r * M, -1).T, V.reshape(r * M, -1)))
-
-    def right(A: Array) -> Array:
-        lengths = jnp.sum(weights * jnp.sum((V @ A) * V, axis=2), axis=1)
-        return symmetrise(matmul((lengths[:, None] * Z).T, Z))
-
-    A = _unit(left(_unit(matmul(Z.T, Z))))
-    for _ in range(_ROUNDS):
-        A = _unit(left(_unit(right(A))))
-    return A, right(A)
-
-
-def _unit(X: Array) -> Array:
-    size = jnp.linalg.norm(X)
-    return X / jnp.where(size > 0, size, 1)
 
 
 def _averaged(old: Factors, A: Array, B: Array, weight: Array) -> Factors:
@@ -207,7 +132,7 @@ def _averaged(old: Factors, A: Array, B: Array, weight: Array) -> Factors:
 
 
 def _in_eigenvectors(leaf: Array, factors: Factors, function: Any) -> Array:
-    layout, U, V = _layout(leaf.shape), factors.left_vectors, factors.right_vectors
+    layout, U, V = layout_of(leaf.shape), factors.left_vectors, factors.right_vectors
     inner = function(matmul(matmul(U.T, layout.to_matrix(leaf).astype(U.dtype)), V))
     return layout.from_matrix(matmul(matmul(U, inner), V.T)).astype(leaf.dtype)
 
@@ -267,7 +192,8 @@ def scale_by_kronecker_newton(
     rule = as_rule("kronecker_newton", damping)
     if isinstance(rule, TrustRadius):
         raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
-    settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures).checked("kronecker_newton")
+    settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)
+    settings = settings.checked("kronecker_newton")
     made = transformation(_KroneckerNewton(every, decay), settings)
     return Optimizer.of(made, Wanted("either", "diagonal", sampled=True))
 

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxhess._typing import Array, PyTree
 from jaxhess.operators.block import BlockDiagonal
-from jaxhess.transforms import fisher
+from jaxhess.transforms import fisher, gauss_newton
 
 __all__ = ["sampled_curvature"]
 
@@ -25,16 +25,20 @@ def sampled_curvature(
 ) -> BlockDiagonal:
     """Blocks whose expectation over `key` are those of `jaxhess.gauss_newton(model, loss)(params, xs, *targets)`."""
     outputs = jax.vmap(model, (None, 0))(params, xs)
+    flat = jax.vmap(lambda output: ravel_pytree(output)[0])(outputs)
+    unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))[1]
+    signs = jax.random.rademacher(key, flat.shape, flat.dtype)
 
-    def direction(output: PyTree, key: Array, *target: PyTree) -> Array:
-        flat, unravel = ravel_pytree(output)
-        curvature = jax.hessian(lambda flat: loss(unravel(flat), *target))(flat)
-        values, vectors = jnp.linalg.eigh(curvature)
-        signs = jax.random.rademacher(key, flat.shape, flat.dtype)
-        return vectors @ (jnp.sqrt(jnp.maximum(values, 0)) * (vectors.T @ signs))
+    def slope(output: Array, *target: PyTree) -> Array:
+        return jax.grad(lambda flat: loss(unravel(flat), *target))(output)
 
-    examples = jax.tree.leaves(xs)[0].shape[0]
-    directions = jax.vmap(direction)(outputs, jax.random.split(key, examples), *targets)
+    known = jax.eval_shape(gauss_newton(model, loss, blocks="full"), params, xs, *targets).curvature
+    if known is not None and known.ndim == 3:
+        values, vectors = jnp.linalg.eigh(jax.vmap(jax.jacfwd(slope))(flat, *targets))
+        directions = jnp.einsum("rij,rj,rj->ri", vectors, jnp.sqrt(jnp.maximum(values, 0)), signs)
+    else:  # B is diagonal: its product with ones
+        _, diagonal = jax.jvp(lambda flat: jax.vmap(slope)(flat, *targets), (flat,), (jnp.ones_like(flat),))
+        directions = jnp.sqrt(jnp.maximum(diagonal, 0)) * signs
 
     def along(params: PyTree, x: PyTree, direction: Array) -> Array:
         return jnp.vdot(direction, ravel_pytree(model(params, x))[0])

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.optimizers.gauss_newton import choose_solver
+from jaxhess.optimizers.products import linearised_gauss_newton
 from jaxhess.optimizers.sampling import sampled_curvature
 from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, find_state
 from jaxhess.transforms import gauss_newton, gauss_newton_vp, hessian, hvp, value_grad_and_hessian
@@ -111,8 +113,12 @@ def step(
             made = functools.partial(sampled_curvature, model, loss, params, *batch, key=key)
             product = gauss_newton_vp(model, loss, batch_size=batch_size)
             return value, gradient, {"curvature": made, "product": lambda v: product(params, v, *batch)}
-        G = gauss_newton(model, loss, blocks=wanted.blocks, batch_size=batch_size)(params, *batch)
-        return value, gradient, {"curvature": G}
+        evaluate = gauss_newton(model, loss, blocks=wanted.blocks, batch_size=batch_size)
+        if wanted.blocks == "full" and choose_solver(jax.eval_shape(evaluate, params, *batch)).solver == "cg":
+            key = jax.random.fold_in(jax.random.key(0), count)
+            blocks_of = sampled_curvature(model, loss, params, *batch, key=key)
+            return value, gradient, {"curvature": linearised_gauss_newton(model, loss, params, *batch, blocks=blocks_of)}
+        return value, gradient, {"curvature": evaluate(params, *batch)}
 
     @jax.jit
     def train(params: PyTree, state: Any, *batch: PyTree) -> tuple[PyTree, Any, Metrics]:
