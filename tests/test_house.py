@@ -15,9 +15,10 @@ FLOORS = [
     [
         "_componentwise", "activations", "_softmax", "_sequence", "losses", "operators.support", "operators.mapped",
         "operators.layout", "operators.paths", "operators.vectors", "operators.krylov", "operators.minres",
-        "operators.preconditioner", "operators.iterative", "operators.ritz", "operators.extremes", "operators.reduction",
-        "operators.eigen", "operators.direct", "operators.functions", "operators.solvable", "operators.base",
-        "operators.spectral", "operators.damped", "operators.kronecker", "operators.rearranged", "operators.nearest",
+        "operators.preconditioner", "operators.iterative", "operators.ritz", "operators.coarse", "operators.extremes",
+        "operators.reduction", "operators.eigen", "operators.direct", "operators.functions", "operators.solvable",
+        "operators.base", "operators.spectral", "operators.damped", "operators.kronecker", "operators.rearranged",
+        "operators.nearest",
         "operators.low_rank", "operators.dense", "operators.contraction", "operators.uses", "operators.jacobian",
         "operators.gram", "operators.gauss_newton", "operators.gauss_newton_full", "operators.linearised",
         "operators.implicit", "operators.pullback", "operators.layer", "operators.cross", "operators.assembly",
@@ -38,6 +39,11 @@ FLOORS = [
     [
         "transforms.checks", "transforms.traced", "transforms.products", "transforms.diagonals", "transforms.full",
         "transforms.targets", "transforms.hessian", "transforms.gauss_newton", "transforms",
+    ],
+    [
+        "optimizers.damping", "optimizers.state", "optimizers.quadratic", "optimizers.trust_region", "optimizers.masking",
+        "optimizers.core", "optimizers.newton", "optimizers.kronecker_factors", "optimizers.products",
+        "optimizers.gauss_newton", "optimizers.kronecker_newton", "optimizers.sampling", "optimizers.training", "optimizers",
     ],
     [
         "test_util", "naumov2017.feedforward", "naumov2017.recurrent", "naumov2017", "interop._common", "interop.flax",

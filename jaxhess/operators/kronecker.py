@@ -29,8 +29,8 @@ import numpy as np
 from jaxhess._linalg import PRECISION, check_dense_fits, einsum, matmul, symmetrise
 from jaxhess._typing import Array, Float, InputError
 from jaxhess.operators.base import CurvatureOperator
+from jaxhess.operators.coarse import KroneckerGuess, kronecker_guess
 from jaxhess.operators.eigen import Eigen
-from jaxhess.operators.extremes import KroneckerGuess, kronecker_guess
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.mapped import count_signs, require_symmetric
 from jaxhess.operators.reduction import KroneckerColumns, OuterColumns, Reduction

@@ -224,6 +224,30 @@ def test_a_guess_saves_products_in_any_layout():
     np.testing.assert_allclose(found, exact.eigvalsh()[:4], atol=1e-5 * np.max(np.abs(exact.eigvalsh())))
 
 
+def test_a_turned_operator_is_searched_in_its_coordinates():
+    """Start and directions are those of the guess in any coordinates, and so are the eigenpairs."""
+    rng = np.random.default_rng(8)
+    r, m, n = 60, 12, 24
+    Q, Z = rng.normal(size=(r, m, m)), rng.normal(size=(r, n)) * np.linspace(0.3, 2, n)
+    for layout in (Layout.of_matrix(m, n), Layout.transposed(m, n)):
+        H = KroneckerProductSum(jnp.asarray(Q + Q.transpose(0, 2, 1)), jnp.asarray(Z), layout)
+        guess = H._start()
+        plain = dataclasses.replace(guess, turned=None)
+        for W, X in (
+            (plain.start(6, "both"), guess.start_coordinates(6, "both")),
+            (H.mv(plain.start(1)[0])[None], guess.turned.mv(guess.start_coordinates(1, "magnitude")[0])[None]),
+        ):
+            np.testing.assert_allclose(guess.from_coordinates(X), W, atol=1e-12)
+        X, theta = jnp.asarray(rng.normal(size=(3, n, m))), jnp.array([3.0, -2.0, 0.1])
+        directions = guess.from_coordinates(guess.direction_coordinates(X, theta))
+        np.testing.assert_allclose(directions, plain.directions(guess.from_coordinates(X), theta), atol=1e-10)
+        eigenvalues, vectors, info = H.eigh(4, which="both", method="iterative", tolerance=1e-9, return_info=True)
+        assert int(info.products) < m * n  # not the dense way
+        assert vectors.shape == (4, *layout.shape)
+        np.testing.assert_allclose(eigenvalues, expected(np.linalg.eigvalsh(H.as_matrix()), 4, "both"), atol=1e-10)
+        np.testing.assert_allclose(jax.vmap(H.mv)(vectors), eigenvalues[:, None, None] * vectors, atol=1e-3)
+
+
 def test_refusals():
     operator = operator_of(spectrum("zero"))
     with pytest.raises(InputError, match="k must be between 1 and the operator's size 300, got 301"):
