@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.vectors import dot, dtype_of, norm, plus, times, where
@@ -31,7 +32,7 @@ _RATIO = 2.0  # between the dampings of an approximate inverse that are compared
 
 
 class Direction(NamedTuple):
-    """`step` d, the method's own damping for it, and how the solver went."""
+    """`step` d and how the solver went; `damping` is λ in the quadratic model, 0 where a radius takes its place."""
 
     step: PyTree
     damping: Array
@@ -50,8 +51,9 @@ class Method(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array) -> tuple[Any, PyTree]:
-        """What all attempts of one update share (an eigendecomposition, say), and the new memory."""
+    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array, decay: Array) -> tuple[Any, PyTree]:
+        """What all attempts of one update share (an eigendecomposition, say), and the new memory. `decay` times the identity
+        belongs to the curvature."""
 
     @abc.abstractmethod
     def solver(self, prepared: Any) -> str:
@@ -72,27 +74,31 @@ class Settings:
 
     rule: Rule
     learning_rate: Any = 1.0
-    momentum: Any = 0.0
-    weight_decay: Any = 0.0
-    attempts: int = 8
-    failures: int = 10
+    momentum: Any = None
+    weight_decay: Any = None
+    attempts: Any = 8
+    failures: Any = 10
     warm_start: bool = False
     tuned_every: int = 0  # how often the damping of an approximate inverse is chosen by the quadratic model; 0: never
 
     @property
     def keeps_steps(self) -> bool:
         """Whether the last step is needed again."""
-        moving = isinstance(self.momentum, str) or not _is_zero(self.momentum)
-        return moving or self.warm_start
+        return self.momentum is not None or self.warm_start
 
     def checked(self, name: str) -> "Settings":
         """Itself; raises `InputError` for what is out of range."""
         for what, given in (("learning_rate", self.learning_rate), ("momentum", self.momentum)):
-            if isinstance(given, str) and given != "exact":
+            wrong = isinstance(given, int | float) and not math.isfinite(given)
+            if wrong or (isinstance(given, str) and given != "exact"):
                 raise InputError(f"{name}: {what} must be a number, a schedule or 'exact', got {given!r}")
+        if self.learning_rate is None:
+            raise InputError(f"{name}: learning_rate must be a number, a schedule or 'exact', got None")
+        if isinstance(self.weight_decay, int | float) and not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"{name}: weight_decay must not be negative, got {self.weight_decay}")
         for what, given in (("max_attempts", self.attempts), ("max_failures", self.failures)):
-            if given < 1:
-                raise InputError(f"{name}: {what} must be at least 1, got {given}")
+            if isinstance(given, int | float) and not (given >= 1 and given == int(given)):
+                raise InputError(f"{name}: {what} must be a whole number of at least 1, got {given}")
         if self.momentum == "exact" and self.learning_rate != "exact":
             raise InputError(f"{name}: momentum='exact' needs learning_rate='exact': one quadratic model gives both")
         if isinstance(self.rule, TrustRadius) and (self.learning_rate == "exact" or self.keeps_steps):
@@ -126,10 +132,11 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         nothing = jnp.full((), jnp.nan, dtype)
         zero = jnp.zeros((), jnp.int32)
         info = StepInfo(nothing, nothing, nothing, nothing, jnp.zeros((), bool), zero, zero, nothing, nothing, nothing, zero)
-        return SecondOrderState(
+        state = SecondOrderState(
             zero, settings.rule.start(dtype), zero, nothing, previous if settings.keeps_steps else (), method.init(params),
             info,
         )  # fmt: skip
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), state)  # each a buffer of its own, to be donated
 
     def update(
         updates: PyTree,
@@ -147,24 +154,24 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         _check(name, settings, curvature, value, value_fn, params)
         dtype = state.control.damping.dtype
         gradient = jax.tree.map(lambda g: jnp.asarray(g, jnp.promote_types(g.dtype, jnp.float32)), updates)
-        decay = jnp.asarray(settings.weight_decay, dtype)
-        decays = not _is_zero(settings.weight_decay)
+        decays = settings.weight_decay is not None
+        decay = jnp.asarray(settings.weight_decay if decays else 0, dtype)
         if decays:
             gradient = plus(gradient, decay, params)
         memory, count = state.memory, state.count
         structure = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), gradient)
-        prepared, memory = method.prepare(restricted(name, curvature, structure), structure, memory, count)
+        prepared, memory = method.prepare(restricted(name, curvature, structure), structure, memory, count, decay)
 
         def multiply(vector: PyTree) -> PyTree:
             if product is None:
-                found = method.product(prepared, vector)
-            else:
-                found = product_of_kept(name, product, vector, all_params)
+                return jax.tree.map(lambda x, s: x.astype(s.dtype), method.product(prepared, vector), structure)
+            found = product_of_kept(name, product, vector, all_params)
             found = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), found, structure)
             return plus(found, decay, vector) if decays else found
 
         def evaluate(step: PyTree) -> Array:
-            moved = jax.tree.map(lambda p, s: (p + s).astype(p.dtype), params, step)
+            # As `optax.apply_updates` will add it.
+            moved = jax.tree.map(lambda p, s, u: (p + s.astype(u.dtype)).astype(p.dtype), params, step, updates)
             return _value_at(name, value_fn, moved, all_params, decay if decays else None, dtype)
 
         if value is not None:
@@ -182,8 +189,9 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
             control = _by_last_value(settings.rule, control, state, value)
 
         def at(strength: Array, damping: Array) -> tuple[Direction, Combination]:
-            found = method.direction(prepared, gradient, strength + decay, state.previous)
-            found = found._replace(damping=jnp.where(found.damping == strength + decay, damping + decay, found.damping))
+            found = method.direction(prepared, gradient, strength, state.previous)
+            if settings.tuned_every:
+                found = found._replace(damping=damping)
             return found, _combined(settings, found, gradient, state.previous, multiply, count)
 
         def propose(control: Control) -> tuple[Direction, Combination, Control]:
@@ -193,7 +201,7 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
             def chosen(control: Control) -> tuple[Direction, Combination, Control]:
                 strengths = control.strength * jnp.asarray([1 / _RATIO, 1, _RATIO], dtype)
                 found, combined = jax.vmap(lambda strength: at(strength, control.damping))(strengths)
-                gains = jax.vmap(lambda c: _model_gain(gradient, c, control.damping + decay))(combined)
+                gains = jax.vmap(lambda c: _model_gain(gradient, c, control.damping))(combined)
                 best = jnp.argmax(jnp.where(jnp.isfinite(gains), gains, -jnp.inf))
                 found, combined = jax.tree.map(lambda x: x[best], (found, combined))
                 return found, combined, control._replace(strength=strengths[best])
@@ -211,8 +219,9 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
             predicted = -(dot(gradient, step) + dot(step, curved) / 2).astype(dtype)
             length = norm(step).astype(dtype)
             new_value = evaluate(step) if value_fn is not None else jnp.full((), jnp.nan, dtype)
-            falls = new_value <= value if value_fn is not None else jnp.asarray(True)
-            accepted = falls & jnp.isfinite(length)
+            known = jnp.isfinite(length) & jnp.isfinite(predicted)
+            falls = (new_value <= value) & jnp.isfinite(new_value) if value_fn is not None else jnp.asarray(True)
+            accepted = falls & known
             ratio = (value - new_value) / jnp.where(predicted > 0, predicted, 1)
             ratio = jnp.where(predicted > 0, ratio, jnp.where(value > new_value, 1, 0) + 0 * ratio)
             if value_fn is not None:
@@ -233,13 +242,13 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         most = settings.attempts if value_fn is not None else 1
         tries = jax.lax.while_loop(lambda a: finite & ~a.accepted & (a.tried < most), lambda a: _like(a, attempt(a)), start)
         control = where(finite, tries.control, settings.rule.refused(control, nothing))
-        failed = ~finite | ~jnp.isfinite(norm(tries.step))
+        failed = ~finite | ~jnp.isfinite(norm(tries.step)) | ~jnp.isfinite(tries.predicted)
         failures = jnp.where(failed, state.failures + 1, 0).astype(jnp.int32)
         failures = eqx.error_if(
             failures,
             failures >= settings.failures,
-            f"{name}: {settings.failures} updates in a row met a loss, gradient or curvature that is not finite, and were "
-            "not taken. Look at the data and at the loss at these parameters; a smaller model step does not mend it.",
+            f"{name}: {_number(settings.failures)} updates in a row met a loss, gradient or curvature that is not finite, "
+            "and were not taken. Look at the data and at the loss at these parameters; more damping does not mend it.",
         )
         step = jax.tree.map(lambda s: jnp.where(tries.accepted, s, 0), tries.step)
         code = jnp.asarray(SOLVERS.index(method.solver(prepared)), jnp.int32)
@@ -265,7 +274,7 @@ def _combined(
     if exact and isinstance(settings.momentum, str):
         return best_combination(gradient, found.step, product, previous, multiply(previous), found.damping)
     momentum = jnp.zeros((), dtype)
-    moving = not isinstance(settings.momentum, str) and not _is_zero(settings.momentum)
+    moving = settings.momentum is not None and not isinstance(settings.momentum, str)
     if moving:
         momentum = jnp.asarray(_scheduled(settings.momentum, count), dtype)
     last = previous if moving else None
@@ -317,7 +326,7 @@ def _check(name: str, settings: Settings, curvature: Any, value: Any, value_fn: 
             f"{name}: this damping follows from what the error does, so update needs value_fn=, the error of other "
             "parameters, or value=, that of these; for neither, take damping=1e-3, a constant"
         )
-    if params is None and (value_fn is not None or not _is_zero(settings.weight_decay)):
+    if params is None and (value_fn is not None or settings.weight_decay is not None):
         raise InputError(f"{name}: update needs params= beside value_fn= or weight_decay")
 
 
@@ -325,8 +334,8 @@ def _scheduled(given: Any, count: Array) -> Any:
     return given(count) if callable(given) else given
 
 
-def _is_zero(given: Any) -> bool:
-    return isinstance(given, int | float) and not math.isnan(given) and given == 0
+def _number(given: Any) -> str:
+    return "too many" if isinstance(given, Tracer) else str(given)
 
 
 def _like(a: PyTree, b: PyTree) -> PyTree:

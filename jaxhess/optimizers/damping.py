@@ -13,6 +13,7 @@ much where ρ > 3/4 and the step went all the way to Δ.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,11 +94,20 @@ class LevenbergMarquardt:
 
 @dataclasses.dataclass(frozen=True)
 class TrustRadius:
-    """The radius of a trust region, from the gain ratio."""
+    """The radius of a trust region, from the gain ratio: `initial` > 0, in units of the parameters, and at most `most`.
+
+    Raises `InputError` for others.
+    """
 
     initial: float | Array = 1.0
     most: float = 1e6
     adaptive = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.initial, int | float) and not (math.isfinite(self.initial) and self.initial > 0):
+            raise InputError(f"TrustRadius: initial must be positive, got {self.initial}")
+        if not self.most > 0:
+            raise InputError(f"TrustRadius: most must be positive, got {self.most}")
 
     def start(self, dtype: Any) -> Control:
         return _begun(self.initial, dtype)
@@ -108,7 +118,7 @@ class TrustRadius:
 
     def taken(self, control: Control, ratio: Array, length: Array) -> Control:
         radius = control.damping
-        smaller = jnp.minimum(radius, length) / 4
+        smaller = jnp.where(length > 0, jnp.minimum(radius, length) / 4, radius)
         larger = jnp.where(length > 0.9 * radius, jnp.minimum(2 * radius, self.most), radius)
         return control._replace(damping=jnp.where(ratio < 0.25, smaller, jnp.where(ratio > 0.75, larger, radius)))
 
@@ -170,6 +180,8 @@ def as_rule(what: str, damping: Any) -> Rule:
         if damping != "levenberg_marquardt":
             raise InputError(f"{what}: damping must be a number, a schedule, a rule or its name, got {damping!r}")
         return levenberg_marquardt()
+    if damping is None:
+        raise InputError(f"{what}: damping must be a number, a schedule or a rule, got None")
     if callable(damping) or jnp.ndim(damping) == 0:
         return constant(damping)
     raise InputError(f"{what}: damping must be one number, got an array of shape {jnp.shape(damping)}")

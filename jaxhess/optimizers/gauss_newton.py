@@ -30,7 +30,7 @@ from jaxhess.operators.preconditioning import preconditioner_of
 from jaxhess.operators.reduction import Reduction
 from jaxhess.operators.vectors import like, norm, plus
 from jaxhess.optimizers.core import Direction, Method, Settings, transformation
-from jaxhess.optimizers.damping import TrustRadius, as_rule
+from jaxhess.optimizers.damping import Constant, TrustRadius, as_rule
 from jaxhess.optimizers.kronecker_factors import preconditioner_from
 from jaxhess.optimizers.products import LinearisedGaussNewton
 from jaxhess.optimizers.state import Optimizer, Wanted
@@ -38,6 +38,7 @@ from jaxhess.optimizers.state import Optimizer, Wanted
 __all__ = ["Choice", "choose_solver", "gauss_newton", "scale_by_gauss_newton"]
 
 _LARGEST = 6144  # rows that are factored
+_ITERATIONS = 100
 _PRODUCTS = 5000  # forming may take the work of so many products
 
 
@@ -81,25 +82,28 @@ class _Factored(NamedTuple):
     """The reductions of G or of its blocks, with the operator to multiply with."""
 
     operator: Any
+    decay: Array
     reductions: list[Reduction]
 
 
 class _Iterated(NamedTuple):
     operator: Any
+    decay: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _GaussNewton(Method):
     solver_asked: str
-    tolerance: float
+    tolerance: Any
     iterations: int
+    undamped: bool
     name: str = "gauss_newton"
 
-    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array) -> tuple[Any, PyTree]:
+    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array, decay: Array) -> tuple[Any, PyTree]:
         del structure, count
         operator = curvature if hasattr(curvature, "in_structure") else curvature()
         if isinstance(operator, LinearisedGaussNewton):
-            return _Iterated(operator), memory
+            return _Iterated(operator, decay), memory
         operator = wide(operator)
         asked = self.solver_asked
         if not isinstance(operator, GaussNewton):
@@ -112,12 +116,20 @@ class _GaussNewton(Method):
             if not all(isinstance(block, CurvatureOperator) for block in blocks):
                 raise InputError(f"gauss_newton: curvature must be an operator of jaxhess, got {type(operator).__name__}")
             if asked == "cg" or any(block._choose("auto")[0] == "iterate" for block in blocks):
-                return _Iterated(operator), memory
-            return _Factored(operator, [block._reduction() for block in blocks]), memory
+                return _Iterated(operator, decay), memory
+            return self._checked(_Factored(operator, decay, [block._reduction() for block in blocks])), memory
         chosen = choose_solver(operator).solver if asked == "auto" else asked
         if chosen == "cg":
-            return _Iterated(operator), memory
-        return _Factored(operator, [operator.reduction_of(chosen)]), memory
+            return _Iterated(operator, decay), memory
+        return self._checked(_Factored(operator, decay, [operator.reduction_of(chosen)])), memory
+
+    def _checked(self, prepared: "_Factored") -> "_Factored":
+        if self.undamped and any(reduction.columns.missing for reduction in prepared.reductions):
+            raise InputError(
+                "gauss_newton: a matrix of fewer outputs of all examples than parameters is singular; damping=0 does not "
+                "solve with it, any positive one does"
+            )
+        return prepared
 
     def solver(self, prepared: Any) -> str:
         if isinstance(prepared, _Iterated):
@@ -128,23 +140,24 @@ class _GaussNewton(Method):
         return "Cholesky of the Gram matrix" if gram else "Cholesky of the normal equations"
 
     def direction(self, prepared: Any, gradient: PyTree, damping: Array, start: PyTree) -> Direction:
+        shift = damping + prepared.decay
         right = jax.tree.map(lambda g, s: -g.astype(s.dtype), gradient, prepared.operator.in_structure())
         if isinstance(prepared, _Iterated):
             if not isinstance(prepared.operator, LinearisedGaussNewton):
-                preconditioner = preconditioner_of(prepared.operator, damping, asked=True)
+                preconditioner = preconditioner_of(prepared.operator, shift, asked=True)
             elif prepared.operator.blocks is not None:
-                preconditioner = preconditioner_from(prepared.operator.blocks, damping)
+                preconditioner = preconditioner_from(prepared.operator.blocks, shift)
             else:
                 preconditioner = None
             start = like(right, start) if jax.tree.leaves(start) else None
             step, info = iterative_solve(
-                prepared.operator, right, damping, method="cg", preconditioner=preconditioner, tolerance=self.tolerance,
+                prepared.operator, right, shift, method="cg", preconditioner=preconditioner, tolerance=self.tolerance,
                 max_steps=self.iterations, start=start,
             )  # fmt: skip
             iterations, residual = info.iterations.astype(jnp.int32), info.residual.astype(damping.dtype)
             return Direction(like(gradient, step), damping, iterations, residual)
         treedef = jax.tree.structure(right)
-        solve = _solver_at(prepared.reductions, damping)
+        solve = _solver_at(prepared.reductions, shift)
         one = len(prepared.reductions) == 1 and isinstance(prepared.operator, GaussNewton)
 
         def solved(vector: PyTree) -> PyTree:
@@ -154,18 +167,19 @@ class _GaussNewton(Method):
             return jax.tree.unflatten(treedef, [by(part) for by, part in zip(solve, parts, strict=True)])
 
         step = solved(right)
-        left = plus(plus(right, -1, prepared.operator.mv(step)), -damping, step)
+        left = plus(plus(right, -1, prepared.operator.mv(step)), -shift, step)
         if any(reduction.sign is not None for reduction in prepared.reductions):
             # The difference of the Gram form leaves what rounding did, over λ: one correction takes that out.
             step = plus(step, 1, solved(left))
-            left = plus(plus(right, -1, prepared.operator.mv(step)), -damping, step)
+            left = plus(plus(right, -1, prepared.operator.mv(step)), -shift, step)
         size = norm(right)
         residual = norm(left) / jnp.where(size > 0, size, 1)
         return Direction(like(gradient, step), damping, jnp.zeros((), jnp.int32), residual.astype(damping.dtype))
 
     def product(self, prepared: Any, vector: PyTree) -> PyTree:
         structure = prepared.operator.in_structure()
-        return prepared.operator.mv(jax.tree.map(lambda x, s: x.astype(s.dtype), vector, structure))
+        vector = jax.tree.map(lambda x, s: x.astype(s.dtype), vector, structure)
+        return plus(prepared.operator.mv(vector), prepared.decay, vector)
 
 
 def _solver_at(reductions: list[Reduction], damping: Array) -> list[Any]:
@@ -185,10 +199,10 @@ def scale_by_gauss_newton(
     solver: str = "auto",
     damping: Any = "levenberg_marquardt",
     learning_rate: Any = 1.0,
-    momentum: Any = 0.0,
-    weight_decay: Any = 0.0,
+    momentum: Any = None,
+    weight_decay: Any = None,
     tolerance: float = 1e-2,
-    max_iterations: int = 100,
+    max_iterations: int | None = None,
     max_attempts: int = 8,
     max_failures: int = 10,
 ) -> Optimizer:
@@ -202,7 +216,7 @@ def scale_by_gauss_newton(
             given.
         solver: "auto" picks by size (`choose_solver`); "gram", "normal" or "cg" asks for one.
         tolerance, max_iterations: of conjugate gradients, which start from the last step: the relative residual at which
-            they stop, or the number of products. Where they stop early the step is used as it is; the state's
+            they stop, and the number of products if not (100). Where they stop early the step is used as it is; the state's
             `info.residual` tells.
         damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`.
 
@@ -228,19 +242,35 @@ def scale_by_gauss_newton(
         raise InputError(f"gauss_newton: blocks must be 'diagonal' or 'full', got {blocks!r}")
     if solver not in ("auto", "gram", "normal", "cg"):
         raise InputError(f"gauss_newton: solver must be 'auto', 'gram', 'normal' or 'cg', got {solver!r}")
-    if not (math.isfinite(tolerance) and tolerance > 0) or max_iterations < 1:
-        raise InputError(f"gauss_newton: need tolerance > 0 and max_iterations >= 1, got {tolerance} and {max_iterations}")
+    if isinstance(tolerance, int | float) and not 0 < tolerance < math.inf:
+        raise InputError(f"gauss_newton: tolerance must be positive, got {tolerance}")
+    if max_iterations is not None and not (isinstance(max_iterations, int) and max_iterations >= 1):
+        raise InputError(f"gauss_newton: max_iterations must be a whole number of at least 1, got {max_iterations}")
     rule = as_rule("gauss_newton", damping)
     if isinstance(rule, TrustRadius):
         raise InputError("gauss_newton: a TrustRadius is for newton with curvature='trust_region'")
     settings = Settings(
         rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, warm_start=solver in ("auto", "cg")
     ).checked("gauss_newton")
-    made = transformation(_GaussNewton(solver, tolerance, max_iterations), settings)
+    zero = isinstance(rule, Constant) and isinstance(rule.damping, int | float) and rule.damping == 0
+    method = _GaussNewton(solver, tolerance, max_iterations or _ITERATIONS, zero and weight_decay is None)
+    made = transformation(method, settings)
     return Optimizer.of(made, Wanted("gauss_newton", blocks))
 
 
-def gauss_newton(blocks: str = "full", **options: Any) -> Optimizer:
+def gauss_newton(
+    blocks: str = "full",
+    *,
+    solver: str = "auto",
+    damping: Any = "levenberg_marquardt",
+    learning_rate: Any = 1.0,
+    momentum: Any = None,
+    weight_decay: Any = None,
+    tolerance: float = 1e-2,
+    max_iterations: int | None = None,
+    max_attempts: int = 8,
+    max_failures: int = 10,
+) -> Optimizer:
     """Gauss-Newton, for squared errors the method of Levenberg and Marquardt: `scale_by_gauss_newton`, whose options it
     takes, and the sign of a descent.
 
@@ -260,5 +290,8 @@ def gauss_newton(blocks: str = "full", **options: Any) -> Optimizer:
     >>> bool(metrics.loss < 1e-10)
     True
     """
-    scaled = scale_by_gauss_newton(blocks, **options)
+    scaled = scale_by_gauss_newton(
+        blocks, solver=solver, damping=damping, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay,
+        tolerance=tolerance, max_iterations=max_iterations, max_attempts=max_attempts, max_failures=max_failures,
+    )  # fmt: skip
     return Optimizer.of(optax.chain(scaled, optax.scale(-1.0)), scaled.wanted)

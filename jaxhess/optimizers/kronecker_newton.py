@@ -19,7 +19,7 @@ from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.paths import naming, paths_of
 from jaxhess.optimizers.core import Direction, Method, Settings, transformation
-from jaxhess.optimizers.damping import TrustRadius, as_rule
+from jaxhess.optimizers.damping import TrustRadius, as_rule, levenberg_marquardt
 from jaxhess.optimizers.kronecker_factors import factors_of, layout_of
 from jaxhess.optimizers.state import Optimizer, Wanted
 
@@ -40,16 +40,25 @@ class Factors(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The factors of each parameter, in the order of the leaves, and how often they were computed, () int32."""
+    """The factors of each parameter, in the order of the leaves; how often they were computed and at which update last, ()
+    int32."""
 
     factors: tuple[Factors, ...]
     refreshed: Array
+    last: Array
+
+
+class _Prepared(NamedTuple):
+    """The factors, and what is added to their product's eigenvalues; NaN where new factors were not finite."""
+
+    factors: tuple[Factors, ...]
+    decay: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _KroneckerNewton(Method):
-    every: int
-    decay: float
+    every: Any
+    decay: Any
     name: str = "kronecker_newton"
 
     def init(self, params: PyTree) -> PyTree:
@@ -68,10 +77,10 @@ class _KroneckerNewton(Method):
                     jnp.zeros(n, dtype), jnp.eye(n, dtype=dtype),
                 )
             )  # fmt: skip
-        return Memory(tuple(factors), jnp.zeros((), jnp.int32))
+        return Memory(tuple(factors), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array) -> tuple[Any, PyTree]:
-        def refreshed(memory: Memory) -> Memory:
+    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array, decay: Array) -> tuple[Any, PyTree]:
+        def refreshed(memory: Memory) -> tuple[Memory, Array]:
             operator = curvature if hasattr(curvature, "in_structure") else curvature()
             if not isinstance(operator, BlockDiagonal):
                 raise InputError(
@@ -83,13 +92,14 @@ class _KroneckerNewton(Method):
             for (path, block), old in zip(operator.items(), memory.factors, strict=True):
                 with naming(path):
                     kept.append(_averaged(old, *factors_of(block), weight))
-            new = Memory(tuple(kept), memory.refreshed + 1)
-            # What is not finite is not remembered.
+            new = Memory(tuple(kept), memory.refreshed + 1, count)
+            # What is not finite is not remembered, and asked for again at the next update.
             good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
-            return jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), new, memory)
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), new, memory), good
 
-        memory = jax.lax.cond(count % self.every == 0, refreshed, lambda memory: memory, memory)
-        return memory.factors, memory
+        due = (memory.refreshed == 0) | (count - memory.last >= self.every)
+        memory, good = jax.lax.cond(due, refreshed, lambda memory: (memory, jnp.ones((), bool)), memory)
+        return _Prepared(memory.factors, jnp.where(good, decay, jnp.nan)), memory
 
     def solver(self, prepared: Any) -> str:
         return "Kronecker factors"
@@ -98,19 +108,17 @@ class _KroneckerNewton(Method):
         del start
 
         def solved(leaf: Array, factors: Factors) -> Array:
-            magnitudes = jnp.abs(jnp.outer(factors.left_values, factors.right_values))
-            shifted = magnitudes + damping.astype(magnitudes.dtype)
-            return _in_eigenvectors(leaf, factors, lambda inner: -inner / jnp.where(shifted > 0, shifted, 1))
+            shifted = _magnitudes(factors, prepared.decay + damping)
+            return _in_eigenvectors(leaf, factors, lambda inner: -inner / jnp.where(shifted == 0, 1, shifted))
 
-        step = _mapped(solved, gradient, prepared)
+        step = _mapped(solved, gradient, prepared.factors)
         return Direction(step, damping, jnp.zeros((), jnp.int32), jnp.full_like(damping, jnp.nan))
 
     def product(self, prepared: Any, vector: PyTree) -> PyTree:
         def times(leaf: Array, factors: Factors) -> Array:
-            magnitudes = jnp.abs(jnp.outer(factors.left_values, factors.right_values))
-            return _in_eigenvectors(leaf, factors, lambda inner: magnitudes * inner)
+            return _in_eigenvectors(leaf, factors, lambda inner: _magnitudes(factors, prepared.decay) * inner)
 
-        return _mapped(times, vector, prepared)
+        return _mapped(times, vector, prepared.factors)
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -131,6 +139,12 @@ def _averaged(old: Factors, A: Array, B: Array, weight: Array) -> Factors:
     return Factors(left, right, left_values, left_vectors, right_values, right_vectors)
 
 
+def _magnitudes(factors: Factors, added: Array) -> Array:
+    """|a_i b_j| + λ, (m, n)."""
+    magnitudes = jnp.abs(jnp.outer(factors.left_values, factors.right_values))
+    return magnitudes + added.astype(magnitudes.dtype)
+
+
 def _in_eigenvectors(leaf: Array, factors: Factors, function: Any) -> Array:
     layout, U, V = layout_of(leaf.shape), factors.left_vectors, factors.right_vectors
     inner = function(matmul(matmul(U.T, layout.to_matrix(leaf).astype(U.dtype)), V))
@@ -149,7 +163,7 @@ def scale_by_kronecker_newton(
     damping: Any = "levenberg_marquardt",
     learning_rate: Any = "exact",
     momentum: Any = "exact",
-    weight_decay: Any = 0.0,
+    weight_decay: Any = None,
     max_attempts: int = 4,
     max_failures: int = 10,
 ) -> Optimizer:
@@ -185,11 +199,13 @@ def scale_by_kronecker_newton(
     >>> bool(mean(params) < 1e-6)
     True
     """
-    if not isinstance(every, int) or every < 1:
+    if isinstance(every, int | float) and not (every >= 1 and every == int(every)):
         raise InputError(f"kronecker_newton: every must be a whole number >= 1, got {every}")
-    if not 0 <= decay < 1:
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise InputError(f"kronecker_newton: decay must be in [0, 1), got {decay}")
-    rule = as_rule("kronecker_newton", damping)
+    # With an exact learning rate the model is always right about how far to go, so damping falls slowly only.
+    slow = isinstance(damping, str) and damping == "levenberg_marquardt"
+    rule = levenberg_marquardt(0.1, decrease=1.1) if slow else as_rule("kronecker_newton", damping)
     if isinstance(rule, TrustRadius):
         raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
     settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)
@@ -198,7 +214,17 @@ def scale_by_kronecker_newton(
     return Optimizer.of(made, Wanted("either", "diagonal", sampled=True))
 
 
-def kronecker_newton(**options: Any) -> Optimizer:
+def kronecker_newton(
+    *,
+    every: int = 10,
+    decay: float = 0.95,
+    damping: Any = "levenberg_marquardt",
+    learning_rate: Any = "exact",
+    momentum: Any = "exact",
+    weight_decay: Any = None,
+    max_attempts: int = 4,
+    max_failures: int = 10,
+) -> Optimizer:
     """Newton's method with amortised Kronecker factors: `scale_by_kronecker_newton`, whose options it takes, and the sign of
     a descent.
 
@@ -218,5 +244,8 @@ def kronecker_newton(**options: Any) -> Optimizer:
     >>> bool(metrics.loss < 1e-6)
     True
     """
-    scaled = scale_by_kronecker_newton(**options)
+    scaled = scale_by_kronecker_newton(
+        every=every, decay=decay, damping=damping, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay,
+        max_attempts=max_attempts, max_failures=max_failures,
+    )  # fmt: skip
     return Optimizer.of(optax.chain(scaled, optax.scale(-1.0)), scaled.wanted)

@@ -46,7 +46,7 @@ class _Newton(Method):
     blocks: str
     name: str = "newton"
 
-    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array) -> tuple[Any, PyTree]:
+    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array, decay: Array) -> tuple[Any, PyTree]:
         del count
         operator = curvature if hasattr(curvature, "in_structure") else curvature()
         if isinstance(operator, BlockDiagonal):
@@ -58,19 +58,20 @@ class _Newton(Method):
             eigens = []
             for path, block in operator.items():
                 with naming(path):
-                    eigens.append(self._bent(_factorable(block)._eigen()))
+                    eigens.append(self._bent(_factorable(block)._eigen(), decay))
             return eigens, memory
         if isinstance(operator, CurvatureOperator):
-            return [self._bent(_factorable(operator)._eigen())], memory
+            return self._bent(_factorable(operator)._eigen(), decay), memory
         if not hasattr(operator, "as_matrix"):
             raise InputError(f"newton: curvature must be a Hessian of jaxhess, got {type(operator).__name__}")
         entries = kept_entries(structure, operator.in_structure())
         matrix = symmetrise(operator.as_matrix())
         matrix = matrix if entries is None else matrix[entries][:, entries]
-        return self._bent(eigen_of(Reduction(Whole.of(structure), matrix))), memory
+        return self._bent(eigen_of(Reduction(Whole.of(structure), matrix)), decay), memory
 
-    def _bent(self, eigen: Eigen) -> Eigen:
+    def _bent(self, eigen: Eigen, decay: Array) -> Eigen:
         """|H| or its positive part; H itself where that is what the step is made of."""
+        eigen = eigen.mapped(lambda values: values + decay.astype(values.dtype))
         if self.curvature == "absolute":
             return eigen.mapped(jnp.abs)
         if self.curvature == "positive_part":
@@ -86,6 +87,8 @@ class _Newton(Method):
         del start
         zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros_like(damping)
         if self.curvature == "trust_region":
+            if prepared.missing:
+                raise InputError("newton: a trust region needs the whole Hessian, jaxhess.hessian(fun, blocks='full')")
             found = minimum_in_ball(prepared.values, prepared.coefficients(gradient), damping)
             step = prepared.columns.push(prepared.rotated(found.coordinates))
             return Direction(like(gradient, step), nothing, zero, nothing)
@@ -97,8 +100,13 @@ class _Newton(Method):
         if self.curvature == "shift":
             shift = shift + _lift(eigen)
         gradient = jax.tree.map(lambda g, s: g.astype(s.dtype), gradient, eigen.columns.structure)
-        # A zero direction of zero curvature without damping is no step.
-        return eigen.mapped(lambda values: -jnp.where(values + shift > 0, 1 / (values + shift), 0)).product(gradient)
+
+        def inverse(values: Array) -> Array:
+            # Where there is neither curvature nor damping there is no step; what is not a number stays so.
+            flat = values + shift <= 0
+            return -jnp.where(flat, 0, 1 / jnp.where(flat, 1, values + shift))
+
+        return eigen.mapped(inverse).product(gradient)
 
     def product(self, prepared: Any, vector: PyTree) -> PyTree:
         def times(eigen: Eigen, part: PyTree) -> PyTree:
@@ -140,8 +148,8 @@ def scale_by_newton(
     *,
     damping: Any = "levenberg_marquardt",
     learning_rate: Any = 1.0,
-    momentum: Any = 0.0,
-    weight_decay: Any = 0.0,
+    momentum: Any = None,
+    weight_decay: Any = None,
     max_attempts: int = 8,
     max_failures: int = 10,
 ) -> Optimizer:
@@ -160,7 +168,7 @@ def scale_by_newton(
             `jaxhess.optimizers.levenberg_marquardt(initial, ..)`. A `TrustRadius` for the trust region.
         learning_rate: of the step, a number or a schedule; "exact" for the one that minimises the quadratic model.
         momentum: what the last step counts for, a number or a schedule; "exact", with an exact learning rate, for the two
-            that minimise the model together.
+            that minimise the model together; None for none.
         weight_decay: w of the penalty `w ||params||^2 / 2`, which becomes part of the error, its gradient and curvature.
         max_attempts: how many dampings (or halved lengths, with a constant one) are tried in one update before it gives
             up and leaves the parameters as they are.
@@ -208,7 +216,17 @@ def scale_by_newton(
     return Optimizer.of(made, Wanted("hessian", blocks))
 
 
-def newton(curvature: str = "absolute", blocks: str = "diagonal", **options: Any) -> Optimizer:
+def newton(
+    curvature: str = "absolute",
+    blocks: str = "diagonal",
+    *,
+    damping: Any = "levenberg_marquardt",
+    learning_rate: Any = 1.0,
+    momentum: Any = None,
+    weight_decay: Any = None,
+    max_attempts: int = 8,
+    max_failures: int = 10,
+) -> Optimizer:
     """Newton's method with the exact Hessian: `scale_by_newton`, whose options it takes, and the sign of a descent.
 
     For `jaxhess.optimizers.step(fun, newton())`, or as any optax optimizer, with `curvature=` given to `update`.
@@ -225,5 +243,8 @@ def newton(curvature: str = "absolute", blocks: str = "diagonal", **options: Any
     >>> bool(metrics.loss < 1e-10)
     True
     """
-    scaled = scale_by_newton(curvature, blocks, **options)
+    scaled = scale_by_newton(
+        curvature, blocks, damping=damping, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay,
+        max_attempts=max_attempts, max_failures=max_failures,
+    )  # fmt: skip
     return Optimizer.of(optax.chain(scaled, optax.scale(-1.0)), scaled.wanted)

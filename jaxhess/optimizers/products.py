@@ -15,6 +15,7 @@ import lineax as lx
 from jaxhess._linalg import widened
 from jaxhess._typing import Array, PyTree
 from jaxhess.operators.block import BlockDiagonal
+from jaxhess.operators.vectors import dtype_of
 
 __all__ = ["LinearisedGaussNewton", "linearised_gauss_newton"]
 
@@ -65,7 +66,8 @@ def linearised_gauss_newton(
     at, push = jax.linearize(outputs, wide)
     _, curve = jax.linearize(slope, at)
     examples = jax.tree.leaves(xs)[0].shape[0]
-    return LinearisedGaussNewton(push, curve, jnp.asarray(1 / examples, jnp.float32), wide, blocks)
+    scale = jnp.asarray(1 / examples, dtype_of(wide))
+    return LinearisedGaussNewton(push, curve, scale, wide, blocks)
 
 
 @lx.is_positive_semidefinite.register(LinearisedGaussNewton)

@@ -87,13 +87,15 @@ def step(
         raise InputError(f"step: a model comes with its loss, (model, loss); got {len(loss_or_model)} functions")
     model, loss = map(hashable, loss_or_model if pair else (loss_or_model, loss_or_model))
     error = _Error(model, loss) if pair else model
-    wanted = _wanted(optimizer, pair, curvature, blocks)
+    options = getattr(optimizer, "wanted", None), pair, curvature, blocks
+    if options[0] is not None:
+        _wanted(*options, second_order=True)  # wrong ones are refused at once
     update = optax.with_extra_args_support(optimizer).update
 
     def mean(params: PyTree, *batch: PyTree) -> Array:
         return jnp.mean(jax.vmap(error, in_axes=(None, *(0 for _ in batch)))(params, *batch))
 
-    def arguments(count: Any, params: PyTree, *batch: PyTree) -> tuple[Array, PyTree, dict[str, Any]]:
+    def arguments(wanted: Wanted | None, count: Any, params: PyTree, *batch: PyTree) -> tuple[Array, PyTree, dict[str, Any]]:
         """The loss, the gradient, and what curvature there is."""
         if wanted is None:
             return *jax.value_and_grad(mean)(params, *batch), {}
@@ -123,7 +125,8 @@ def step(
     @jax.jit
     def train(params: PyTree, state: Any, *batch: PyTree) -> tuple[PyTree, Any, Metrics]:
         own = find_state(state)
-        value, gradient, extra = arguments(0 if own is None else own.count, params, *batch)
+        wanted = _wanted(*options, second_order=own is not None)
+        value, gradient, extra = arguments(wanted, 0 if own is None else own.count, params, *batch)
         updates, state = update(
             gradient, state, params, value=value, grad=gradient, value_fn=lambda p: mean(p, *batch), all_params=params,
             **extra,
@@ -149,11 +152,9 @@ class _Error:
         return hash((self.model, self.loss))
 
 
-def _wanted(optimizer: Any, pair: bool, curvature: Any, blocks: str | None) -> Wanted | None:
-    own = getattr(optimizer, "wanted", None)
-    if curvature is None and own is None and blocks is None and not pair:
-        return Wanted("hessian", "diagonal") if _is_second_order(optimizer) else None
-    if own is None and curvature is None and not _is_second_order(optimizer):
+def _wanted(own: Wanted | None, pair: bool, curvature: Any, blocks: str | None, *, second_order: bool) -> Wanted | None:
+    """The curvature to compute; None for an optimizer that takes none."""
+    if not second_order and curvature is None:
         return None
     if isinstance(curvature, str):
         check_option("curvature", curvature, ("hessian", "gauss_newton"))
@@ -171,11 +172,6 @@ def _wanted(optimizer: Any, pair: bool, curvature: Any, blocks: str | None) -> W
         )
     chosen = own.blocks if own and own.curvature in (kind, "either") else usual
     return Wanted(kind, blocks or chosen, own.sampled if own else False)
-
-
-def _is_second_order(optimizer: Any) -> bool:
-    """Whether there is one of ours within, as the state that it makes shows."""
-    return find_state(jax.eval_shape(optimizer.init, {"w": jnp.zeros((1, 1))})) is not None
 
 
 def _metrics(value: Array, state: SecondOrderState | None) -> Metrics:

@@ -33,40 +33,40 @@ def minimum_in_ball(eigenvalues: Float[Array, "k"], gradient: Float[Array, "k"],
     >>> jnp.round(found.coordinates[0], 2).item(), jnp.round(found.damping, 2).item()
     (-1.0, 1.0)
     """
-    mu, dtype = eigenvalues, eigenvalues.dtype
+    dtype = eigenvalues.dtype
     eps = jnp.finfo(dtype).eps
     radius = jnp.asarray(radius, dtype)
-    lowest, size = jnp.min(mu), jnp.max(jnp.abs(mu))
-    scale = jnp.sqrt(jnp.sum(gradient**2))
+    slope = jnp.sqrt(jnp.sum(gradient**2)) / jnp.where(radius > 0, radius, 1)
+    place = jnp.argmin(eigenvalues)
+    low = jnp.maximum(0, -eigenvalues[place])
+    # λ = low + δ, so that the smallest eigenvalue of what is solved with is δ to full relative accuracy.
+    mu = eigenvalues + low
 
-    def at(damping: Array) -> Array:
-        shifted = mu + damping
-        positive = shifted > 0
-        return jnp.where(positive, -gradient / jnp.where(positive, shifted, 1), 0)
+    def at(delta: Array) -> Array:
+        shifted = mu + delta
+        return jnp.where(shifted > 0, -gradient / jnp.where(shifted > 0, shifted, 1), 0)
 
-    def length(damping: Array) -> Array:
-        return jnp.sqrt(jnp.sum(at(damping) ** 2))
+    def length(delta: Array) -> Array:
+        return jnp.sqrt(jnp.sum(at(delta) ** 2))
 
-    # ||s(λ)|| <= ||g|| / (λ_min + λ): at the upper end the step is within the ball.
-    low = jnp.maximum(0, -lowest)
-    floor = low + 4 * eps * jnp.maximum(size, low)
-    high = jnp.maximum(floor, low + scale / jnp.where(radius > 0, radius, 1)) * (1 + 4 * eps)
-    inside = (lowest > 0) & (length(jnp.zeros((), dtype)) <= radius)
+    # ||s|| <= ||g|| / δ: at the upper end the step is within the ball.
+    high = slope * (1 + 4 * eps)
+    floor = eps**2 * jnp.maximum(jnp.max(jnp.abs(eigenvalues)), slope)
+    inside = (eigenvalues[place] > 0) & (length(jnp.zeros((), dtype)) <= radius)
 
     def halved(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         below, above = ends
-        # Between powers of the damping: its scale is not known.
-        middle = jnp.where(below > low, jnp.sqrt((below - low) * (above - low)) + low, (below + above) / 2)
+        middle = jnp.sqrt(below) * jnp.sqrt(above)  # between powers: the scale of δ is not known
         outside = length(middle) > radius
         return jnp.where(outside, middle, below), jnp.where(outside, above, middle)
 
-    _, above = jax.lax.fori_loop(0, 2 * jnp.finfo(dtype).nmant, halved, (floor, high))
-    damping = jnp.where(inside, 0, jnp.where(length(floor) <= radius, floor, above))
-    step = at(damping)
+    steps = 2 * jnp.finfo(dtype).nmant
+    _, above = jax.lax.fori_loop(0, steps, halved, (floor, jnp.maximum(high, floor)))
+    delta = jnp.where(inside, 0, jnp.where(length(floor) <= radius, floor, above))
+    step = at(delta)
     # The hard case: along the lowest eigenvector, downhill if there is a slope at all.
     missing = jnp.sqrt(jnp.maximum(radius**2 - jnp.sum(step**2), 0))
-    hard = (~inside) & (lowest < 0) & (length(floor) < radius)
-    place = jnp.argmin(mu)
+    hard = (~inside) & (eigenvalues[place] < 0) & (length(floor) < radius)
     towards = jnp.where(gradient[place] > 0, -1, 1).astype(dtype)
     step = jnp.where(hard, step.at[place].add(towards * missing), step)
-    return InBall(step, damping, jnp.sqrt(jnp.sum(step**2)))
+    return InBall(step, low + delta, jnp.sqrt(jnp.sum(step**2)))
