@@ -225,7 +225,10 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
             ratio = (value - new_value) / jnp.where(predicted > 0, predicted, 1)
             ratio = jnp.where(predicted > 0, ratio, jnp.where(value > new_value, 1, 0) + 0 * ratio)
             if value_fn is not None:
-                taken, refused = settings.rule.taken(control, ratio, length), settings.rule.refused(control, length)
+                # What rounding hides says nothing against the model.
+                hidden = predicted <= 4 * jnp.finfo(dtype).eps * jnp.abs(value)
+                judged = jnp.where(hidden, 1, ratio)
+                taken, refused = settings.rule.taken(control, judged, length), settings.rule.refused(control, length)
                 control = where(accepted, taken, refused)
             elif settings.rule.adaptive:
                 control = where(accepted, control, settings.rule.refused(control, length))

@@ -6,7 +6,7 @@ The gain ratio of a step s is that of what the error fell by and what its quadra
 
 Levenberg-Marquardt, in the form of Nielsen (1999), with ν = 2 after every step that was taken:
 
-    taken       λ <- λ max(1/decrease, 1 - (2 ρ - 1)^3)          refused     λ <- λ ν,  ν <- 2 ν
+    taken       λ <- λ max(1/decrease, 1 - (2 ρ - 1)^3)          refused     λ <- λ ν,  ν <- min(2 ν, 16)
 
 A trust region has a radius Δ in the place of λ (Moré 1983): a quarter of it where ρ < 1/4 or the step is refused, twice as
 much where ρ > 3/4 and the step went all the way to Δ.
@@ -23,7 +23,7 @@ from jaxhess._typing import Array, InputError
 
 __all__ = ["Constant", "Control", "LevenbergMarquardt", "TrustRadius", "as_rule", "constant", "levenberg_marquardt"]
 
-_GROWTH = 2.0
+_GROWTH, _MOST_GROWTH = 2.0, 16.0
 
 
 class Control(NamedTuple):
@@ -85,7 +85,7 @@ class LevenbergMarquardt:
 
     def refused(self, control: Control, length: Array) -> Control:
         del length
-        growth = jnp.minimum(control.growth * 2, 2.0**16)
+        growth = jnp.minimum(control.growth * 2, _MOST_GROWTH)
         return self._limited(control, control.damping * control.growth, growth)
 
     def _limited(self, control: Control, damping: Array, growth: Array) -> Control:
@@ -123,7 +123,7 @@ class TrustRadius:
         return control._replace(damping=jnp.where(ratio < 0.25, smaller, jnp.where(ratio > 0.75, larger, radius)))
 
     def refused(self, control: Control, length: Array) -> Control:
-        known = jnp.isfinite(length)
+        known = jnp.isfinite(length) & (length > 0)
         return control._replace(damping=jnp.minimum(control.damping, jnp.where(known, length, control.damping)) / 4)
 
 

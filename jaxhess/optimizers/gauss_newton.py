@@ -26,12 +26,13 @@ from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.functions import wide
 from jaxhess.operators.gauss_newton_full import GaussNewton
 from jaxhess.operators.iterative import iterative_solve
+from jaxhess.operators.preconditioner import block_preconditioner
 from jaxhess.operators.preconditioning import preconditioner_of
 from jaxhess.operators.reduction import Reduction
 from jaxhess.operators.vectors import like, norm, plus
 from jaxhess.optimizers.core import Direction, Method, Settings, transformation
 from jaxhess.optimizers.damping import Constant, TrustRadius, as_rule
-from jaxhess.optimizers.kronecker_factors import preconditioner_from
+from jaxhess.optimizers.kronecker_factors import preconditioners_of
 from jaxhess.optimizers.products import LinearisedGaussNewton
 from jaxhess.optimizers.state import Optimizer, Wanted
 
@@ -89,6 +90,7 @@ class _Factored(NamedTuple):
 class _Iterated(NamedTuple):
     operator: Any
     decay: Array
+    preconditioners: list[Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,8 @@ class _GaussNewton(Method):
         del structure, count
         operator = curvature if hasattr(curvature, "in_structure") else curvature()
         if isinstance(operator, LinearisedGaussNewton):
-            return _Iterated(operator, decay), memory
+            known = [] if operator.blocks is None else preconditioners_of(operator.blocks)
+            return _Iterated(operator, decay, known), memory
         operator = wide(operator)
         asked = self.solver_asked
         if not isinstance(operator, GaussNewton):
@@ -143,12 +146,13 @@ class _GaussNewton(Method):
         shift = damping + prepared.decay
         right = jax.tree.map(lambda g, s: -g.astype(s.dtype), gradient, prepared.operator.in_structure())
         if isinstance(prepared, _Iterated):
-            if not isinstance(prepared.operator, LinearisedGaussNewton):
+            if prepared.preconditioners is None:
                 preconditioner = preconditioner_of(prepared.operator, shift, asked=True)
-            elif prepared.operator.blocks is not None:
-                preconditioner = preconditioner_from(prepared.operator.blocks, shift)
             else:
-                preconditioner = None
+                damped = [inverse.with_damping(shift) for inverse in prepared.preconditioners]
+                preconditioner = (
+                    block_preconditioner(jax.tree.unflatten(jax.tree.structure(right), damped)) if damped else None
+                )
             start = like(right, start) if jax.tree.leaves(start) else None
             step, info = iterative_solve(
                 prepared.operator, right, shift, method="cg", preconditioner=preconditioner, tolerance=self.tolerance,

@@ -23,9 +23,9 @@ from jaxhess.operators.gauss_newton import GaussNewtonBlock
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.nearest import nearest_kronecker
 from jaxhess.operators.paths import naming
-from jaxhess.operators.preconditioner import block_preconditioner, kronecker_preconditioner
+from jaxhess.operators.preconditioner import KroneckerPreconditioner, kronecker_preconditioner
 
-__all__ = ["factors_of", "layout_of", "preconditioner_from"]
+__all__ = ["factors_of", "layout_of", "preconditioners_of"]
 
 _ROUNDS = 3
 
@@ -53,14 +53,14 @@ def factors_of(block: Any) -> tuple[Array, Array]:
     return _in_layout(found.operator.A, found.operator.B, found.operator.layout, layout)
 
 
-def preconditioner_from(blocks: BlockDiagonal, damping: Array) -> Any:
-    """`(A ⊗ B + λ)^-1` for each parameter, as one operator."""
+def preconditioners_of(blocks: BlockDiagonal) -> list[KroneckerPreconditioner]:
+    """`(A ⊗ B + λ)^-1` for each parameter, for a λ yet to be given."""
     inverses = []
     for path, block in blocks.items():
         with naming(path):
             A, B = factors_of(block)
-            inverses.append(kronecker_preconditioner(A, B, damping, layout_of(block.in_structure().shape)))
-    return block_preconditioner(jax.tree.unflatten(jax.tree.structure(blocks.in_structure()), inverses))
+            inverses.append(kronecker_preconditioner(A, B, layout=layout_of(block.in_structure().shape)))
+    return inverses
 
 
 def _in_layout(A: Array, B: Array, own: Layout, layout: Layout) -> tuple[Array, Array]:
