@@ -124,3 +124,25 @@ def test_landscape(tmp_path, capsys):
         assert point["eigenvalues"][0] < 0
         assert point["negative"] == np.sum(point["eigenvalues"] < 0)
         assert point["leave"]["negative curvature"][0] < point["leave"]["gradient descent"][0] / 5
+
+
+@pytest.mark.slow
+def test_train_regression(tmp_path, capsys):
+    picture = tmp_path / "train_regression.png"
+    curves = load("train_regression").main(["--picture", str(picture), "--seconds", "1.5", "--points", "300"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Gauss-Newton's error is" in capsys.readouterr().out
+    ours, adam = (errors for _, errors in curves.values())
+    assert ours[-1] < adam[-1] / 2
+    assert ours[-1] < ours[0] / 20
+
+
+@pytest.mark.slow
+def test_train_recurrent(tmp_path, capsys):
+    picture = tmp_path / "train_recurrent.png"
+    curves = load("train_recurrent").main(["--picture", str(picture), "--seconds", "1.5", "--steps", "10"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "wrong at the end" in capsys.readouterr().out
+    ours, adam = (shares for _, shares in curves.values())
+    assert ours[-1] < 0.5 * ours[0]
+    assert ours[-1] <= adam[-1]
