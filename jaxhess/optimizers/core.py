@@ -171,7 +171,7 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
 
         def evaluate(step: PyTree) -> Array:
             # As `optax.apply_updates` will add it.
-            moved = jax.tree.map(lambda p, s, u: (p + s.astype(u.dtype)).astype(p.dtype), params, step, updates)
+            moved = jax.tree.map(lambda p, s, u: _rounded(p + _rounded(s, u.dtype), p.dtype), params, step, updates)
             return _value_at(name, value_fn, moved, all_params, decay if decays else None, dtype)
 
         if value is not None:
@@ -331,6 +331,13 @@ def _check(name: str, settings: Settings, curvature: Any, value: Any, value_fn: 
         )
     if params is None and (value_fn is not None or settings.weight_decay is not None):
         raise InputError(f"{name}: update needs params= beside value_fn= or weight_decay")
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """`x.astype(dtype)`, whose rounding XLA would leave out of a chain of narrow operations."""
+    info = jnp.finfo(dtype)
+    narrow = info.bits < 32 and x.dtype != dtype
+    return (jax.lax.reduce_precision(x, info.nexp, info.nmant) if narrow else x).astype(dtype)
 
 
 def _scheduled(given: Any, count: Array) -> Any:

@@ -259,7 +259,7 @@ def scale_by_gauss_newton(
     zero = isinstance(rule, Constant) and isinstance(rule.damping, int | float) and rule.damping == 0
     method = _GaussNewton(solver, tolerance, max_iterations or _ITERATIONS, zero and weight_decay is None)
     made = transformation(method, settings)
-    return Optimizer.of(made, Wanted("gauss_newton", blocks))
+    return Optimizer.of(made, Wanted("gauss_newton", blocks, solver=solver))
 
 
 def gauss_newton(

@@ -28,6 +28,7 @@ from jaxhess.operators.preconditioner import KroneckerPreconditioner, kronecker_
 __all__ = ["factors_of", "layout_of", "preconditioners_of"]
 
 _ROUNDS = 3
+_MOST_NUMBERS = 2**27  # of the gradients of outputs
 
 
 def layout_of(shape: tuple[int, ...]) -> Layout:
@@ -49,6 +50,8 @@ def factors_of(block: Any) -> tuple[Array, Array]:
         own = jax.eval_shape(block.kronecker_terms).layout
         if block.curvature is None or block.curvature.ndim == 2:
             return _in_layout(*_nearest_of_rows(block), own, layout)
+    elif isinstance(block, GaussNewtonBlock) and _has_few_gradients(block):
+        return _nearest_of_gradients(block, layout)
     found = nearest_kronecker(block) if len(layout.shape) <= 2 else nearest_kronecker(block, layout)
     return _in_layout(found.operator.A, found.operator.B, found.operator.layout, layout)
 
@@ -61,6 +64,12 @@ def preconditioners_of(blocks: BlockDiagonal) -> list[KroneckerPreconditioner]:
             A, B = factors_of(block)
             inverses.append(kronecker_preconditioner(A, B, layout=layout_of(block.in_structure().shape)))
     return inverses
+
+
+def _has_few_gradients(block: GaussNewtonBlock) -> bool:
+    J = block.jacobian
+    simple = block.curvature is None or block.curvature.ndim == 2
+    return simple and J.examples * J.outputs * block.in_size() <= _MOST_NUMBERS
 
 
 def _in_layout(A: Array, B: Array, own: Layout, layout: Layout) -> tuple[Array, Array]:
@@ -105,6 +114,30 @@ def _nearest_of_rows(block: GaussNewtonBlock) -> tuple[Array, Array]:
         return symmetrise(matmul((lengths[:, None] * Z).T, Z))
 
     A = _unit(left(_unit(matmul(Z.T, Z))))
+    for _ in range(_ROUNDS):
+        A = _unit(left(_unit(right(A))))
+    return A, right(A)
+
+
+def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout) -> tuple[Array, Array]:
+    """A and B where a parameter meets several vectors of an example (along time, say): from the gradients G_ic (m, n) of the
+    outputs themselves, `A = sum_ic b_ic G_ic B G_ic^T` and `B = sum_ic b_ic G_ic^T A G_ic`."""
+    J = block.jacobian
+    count = J.examples * J.outputs
+    G = jax.vmap(layout.to_matrix)(J.dense().reshape(count, *J.shape))
+    weights = jnp.ones(count, G.dtype) if block.curvature is None else block.curvature.reshape(-1)
+    weights = (block.factor / J.examples * weights)[:, None, None]
+    by_row, by_column = (jnp.moveaxis(X, 1, 0).reshape(X.shape[1], -1) for X in (G, jnp.swapaxes(G, 1, 2)))
+
+    def left(B: Array) -> Array:
+        weighted = weights * matmul(G, B)
+        return symmetrise(matmul(by_row, jnp.moveaxis(weighted, 1, 0).reshape(layout.m, -1).T))
+
+    def right(A: Array) -> Array:
+        weighted = weights * matmul(jnp.swapaxes(G, 1, 2), A)
+        return symmetrise(matmul(by_column, jnp.moveaxis(weighted, 1, 0).reshape(layout.n, -1).T))
+
+    A = _unit(left(jnp.eye(layout.n, dtype=G.dtype) / layout.n**0.5))
     for _ in range(_ROUNDS):
         A = _unit(left(_unit(right(A))))
     return A, right(A)

@@ -60,12 +60,14 @@ class SecondOrderState(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The curvature that an optimizer takes, for `jaxhess.optimizers.step`: "hessian" or "gauss_newton", with blocks
-    "diagonal" or "full"; `sampled` if Kronecker factors of a sample of the outputs' directions will do."""
+    """The curvature that an optimizer takes, for `jaxhess.optimizers.step`: "hessian", "gauss_newton" or "either", with
+    `blocks` "diagonal" or "full" and, for the whole of them, a `solver`; `sampled` if factors of a random direction of the
+    outputs will do."""
 
     curvature: str
     blocks: str
     sampled: bool = False
+    solver: str = "auto"
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -116,21 +117,22 @@ def step(
             product = gauss_newton_vp(model, loss, batch_size=batch_size)
             return value, gradient, {"curvature": made, "product": lambda v: product(params, v, *batch)}
         evaluate = gauss_newton(model, loss, blocks=wanted.blocks, batch_size=batch_size)
-        if wanted.blocks == "full" and choose_solver(jax.eval_shape(evaluate, params, *batch)).solver == "cg":
+        if wanted.blocks == "full" and _by_products(wanted, evaluate, params, *batch):
             key = jax.random.fold_in(jax.random.key(0), count)
             blocks_of = sampled_curvature(model, loss, params, *batch, key=key)
             return value, gradient, {"curvature": linearised_gauss_newton(model, loss, params, *batch, blocks=blocks_of)}
         return value, gradient, {"curvature": evaluate(params, *batch)}
 
-    @jax.jit
+    @eqx.filter_jit  # whose errors are those that were raised, where jax.jit's are callbacks that failed
     def train(params: PyTree, state: Any, *batch: PyTree) -> tuple[PyTree, Any, Metrics]:
         own = find_state(state)
         wanted = _wanted(*options, second_order=own is not None)
         value, gradient, extra = arguments(wanted, 0 if own is None else own.count, params, *batch)
+        if own is not None:
+            extra["all_params"] = params
         updates, state = update(
-            gradient, state, params, value=value, grad=gradient, value_fn=lambda p: mean(p, *batch), all_params=params,
-            **extra,
-        )  # fmt: skip
+            gradient, state, params, value=value, grad=gradient, value_fn=lambda p: mean(p, *batch), **extra
+        )
         return optax.apply_updates(params, updates), state, _metrics(value, find_state(state))
 
     return train
@@ -171,7 +173,14 @@ def _wanted(own: Wanted | None, pair: bool, curvature: Any, blocks: str | None, 
             "x) and loss(output, target), or curvature='hessian' with newton or kronecker_newton"
         )
     chosen = own.blocks if own and own.curvature in (kind, "either") else usual
-    return Wanted(kind, blocks or chosen, own.sampled if own else False)
+    return Wanted(kind, blocks or chosen, own.sampled, own.solver) if own else Wanted(kind, blocks or chosen)
+
+
+def _by_products(wanted: Wanted, evaluate: Callable[..., Any], params: PyTree, *batch: PyTree) -> bool:
+    """Whether the whole matrix is solved with by conjugate gradients, which need its products only."""
+    if wanted.solver != "auto":
+        return wanted.solver == "cg"
+    return choose_solver(jax.eval_shape(evaluate, params, *batch)).solver == "cg"
 
 
 def _metrics(value: Array, state: SecondOrderState | None) -> Metrics:
