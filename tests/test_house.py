@@ -41,8 +41,8 @@ FLOORS = [
         "transforms.targets", "transforms.hessian", "transforms.gauss_newton", "transforms",
     ],
     [
-        "optimizers.damping", "optimizers.state", "optimizers.quadratic", "optimizers.trust_region", "optimizers.masking",
-        "optimizers.core", "optimizers.newton", "optimizers.kronecker_factors", "optimizers.products",
+        "optimizers.damping", "optimizers.state", "optimizers.quadratic", "optimizers.trust_region", "optimizers.products",
+        "optimizers.masking", "optimizers.core", "optimizers.newton", "optimizers.kronecker_factors",
         "optimizers.gauss_newton", "optimizers.kronecker_newton", "optimizers.sampling", "optimizers.training", "optimizers",
     ],
     [

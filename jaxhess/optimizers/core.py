@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from jaxhess._linalg import widened
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.vectors import dot, dtype_of, norm, plus, times, where
 from jaxhess.optimizers.damping import Control, Rule, TrustRadius
@@ -171,7 +172,9 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
 
         def evaluate(step: PyTree) -> Array:
             # As `optax.apply_updates` will add it.
-            moved = jax.tree.map(lambda p, s, u: _rounded(p + _rounded(s, u.dtype), p.dtype), params, step, updates)
+            moved = jax.tree.map(
+                lambda p, s, u: _rounded(widened(p) + widened(_rounded(s, u.dtype)), p.dtype), params, step, updates
+            )
             return _value_at(name, value_fn, moved, all_params, decay if decays else None, dtype)
 
         if value is not None:

@@ -86,7 +86,8 @@ class LevenbergMarquardt:
     def refused(self, control: Control, length: Array) -> Control:
         del length
         growth = jnp.minimum(control.growth * 2, _MOST_GROWTH)
-        return self._limited(control, control.damping * control.growth, growth)
+        refused = self._limited(control, control.damping * control.growth, growth)
+        return refused._replace(strength=control.strength * control.growth)
 
     def _limited(self, control: Control, damping: Array, growth: Array) -> Control:
         return control._replace(damping=jnp.clip(damping, self.least, self.most), growth=growth)

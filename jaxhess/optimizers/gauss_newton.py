@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import optax
 
 from jaxhess._linalg import available_bytes
@@ -26,6 +27,7 @@ from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.functions import wide
 from jaxhess.operators.gauss_newton_full import GaussNewton
 from jaxhess.operators.iterative import iterative_solve
+from jaxhess.operators.jacobian import OutputJacobian
 from jaxhess.operators.preconditioner import block_preconditioner
 from jaxhess.operators.preconditioning import preconditioner_of
 from jaxhess.operators.reduction import Reduction
@@ -40,7 +42,7 @@ __all__ = ["Choice", "choose_solver", "gauss_newton", "scale_by_gauss_newton"]
 
 _LARGEST = 6144  # rows that are factored
 _ITERATIONS = 100
-_PRODUCTS = 5000  # forming may take the work of so many products
+_PRODUCTS = 300  # forming may take the work of so many products
 
 
 class Choice(NamedTuple):
@@ -54,7 +56,8 @@ def choose_solver(curvature: GaussNewton) -> Choice:
     """How `gauss_newton` solves with a whole Gauss-Newton matrix, and why, from its sizes alone.
 
     The smaller of the sides rM and N is factored if it has at most 6144 rows, fits in memory, and is formed by the work of
-    at most 5000 products with G; else conjugate gradients, with a Kronecker preconditioner, do with products.
+    at most 300 products with G (a pass forward and one backward, with tangents); else conjugate gradients, with a
+    Kronecker preconditioner, do with products.
 
     >>> import jax.numpy as jnp, jaxhess
     >>> def model(p, x):
@@ -72,11 +75,23 @@ def choose_solver(curvature: GaussNewton) -> Choice:
         return Choice("cg", f"{sides}: more than {_LARGEST} on both sides")
     if 4 * smaller * smaller * 8 > available_bytes() / 2:
         return Choice("cg", f"{sides}: the smaller side does not fit in memory as a matrix")
-    product = 4 * (sum(leaf.size for leaf in jax.tree.leaves(curvature.jacobians)) + leaves[0].examples * size)
-    forming = 2 * rows * size * smaller + smaller**3 / 3
+    forming, product = 2 * rows * size * smaller + smaller**3 / 3, sum(map(_work, leaves))
     if forming > _PRODUCTS * product:
         return Choice("cg", f"{sides}: forming the matrix takes the work of {forming / product:.0f} products")
     return Choice("gram" if rows < size else "normal", sides)
+
+
+def _work(J: OutputJacobian) -> float:
+    """Of a product, what one parameter takes: four products of a matrix with the vectors of all examples and places."""
+    if J.through is not None or not J.uses:
+        return 8 * J.examples * J.size
+    # y and z at p places have p y and p z numbers for y z of the parameter: p y z is the root of (p y) (p z) (y z).
+    work = 0.0
+    for use in J.uses:
+        outputs = use.rows.size / max(1, J.examples * J.outputs)
+        inputs = outputs if use.inputs is None else math.sqrt(outputs * J.size * use.inputs.size / max(1, J.examples))
+        work += 8 * J.examples * inputs
+    return work
 
 
 class _Factored(NamedTuple):
@@ -107,6 +122,12 @@ class _GaussNewton(Method):
         if isinstance(operator, LinearisedGaussNewton):
             known = [] if operator.blocks is None else preconditioners_of(operator.blocks)
             return _Iterated(operator, decay, known), memory
+        if not lx.is_positive_semidefinite(operator):
+            raise InputError(
+                f"gauss_newton: curvature must be positive semidefinite, as jaxhess.gauss_newton and jaxhess.fisher give "
+                f"it, got a {type(operator).__name__} without that tag. newton takes a Hessian; step((model, loss), optimizer) "
+                "computes the Gauss-Newton matrix, within optax.chain and the like too"
+            )
         operator = wide(operator)
         asked = self.solver_asked
         if not isinstance(operator, GaussNewton):

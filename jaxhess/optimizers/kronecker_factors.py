@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess._linalg import matmul, symmetrise
-from jaxhess._typing import Array, InputError
+from jaxhess._typing import Array
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.functions import wide
 from jaxhess.operators.gauss_newton import GaussNewtonBlock
@@ -38,22 +38,22 @@ def layout_of(shape: tuple[int, ...]) -> Layout:
 
 
 def factors_of(block: Any) -> tuple[Array, Array]:
-    """A (m, m) and B (n, n) of the product nearest to a block, in the layout of `layout_of`.
-
-    Raises `InputError` where the block is a sum of Kronecker products along other axes.
-    """
+    """A (m, m) and B (n, n) of the product nearest to a block, in the layout of `layout_of`."""
     block = wide(block)
     layout = layout_of(block.in_structure().shape)
     if layout.n == 1:
         return symmetrise(block.as_matrix()), jnp.ones((1, 1), block.in_structure().dtype)
-    if isinstance(block, GaussNewtonBlock) and block.jacobian.matrix_sizes is not None:
-        own = jax.eval_shape(block.kronecker_terms).layout
-        if block.curvature is None or block.curvature.ndim == 2:
-            return _in_layout(*_nearest_of_rows(block), own, layout)
-    elif isinstance(block, GaussNewtonBlock) and _has_few_gradients(block):
+    own = _own_layout(block) or layout
+    swapped = Layout(own.shape, own.sizes, own.columns, own.rows)
+    along_axes = _own_layout(block) is not None and (_same_order(own, layout) or _same_order(swapped, layout))
+    simple = isinstance(block, GaussNewtonBlock) and (block.curvature is None or block.curvature.ndim == 2)
+    if along_axes and simple:
+        A, B = _nearest_of_rows(block)
+        return (A, B) if _same_order(own, layout) else (B, A)
+    if isinstance(block, GaussNewtonBlock) and _has_few_gradients(block):
         return _nearest_of_gradients(block, layout)
-    found = nearest_kronecker(block) if len(layout.shape) <= 2 else nearest_kronecker(block, layout)
-    return _in_layout(found.operator.A, found.operator.B, found.operator.layout, layout)
+    found = nearest_kronecker(block, None if along_axes else layout).operator
+    return (found.A, found.B) if _same_order(found.layout, layout) else (found.B, found.A)
 
 
 def preconditioners_of(blocks: BlockDiagonal) -> list[KroneckerPreconditioner]:
@@ -66,21 +66,17 @@ def preconditioners_of(blocks: BlockDiagonal) -> list[KroneckerPreconditioner]:
     return inverses
 
 
+def _own_layout(block: Any) -> Layout | None:
+    """How the layer itself reads its parameter, where it is one matrix that meets one vector of each example."""
+    if isinstance(block, GaussNewtonBlock):
+        return None if block.jacobian.matrix_sizes is None else jax.eval_shape(block.kronecker_terms).layout
+    return getattr(block, "layout", None)
+
+
 def _has_few_gradients(block: GaussNewtonBlock) -> bool:
     J = block.jacobian
     simple = block.curvature is None or block.curvature.ndim == 2
     return simple and J.examples * J.outputs * block.in_size() <= _MOST_NUMBERS
-
-
-def _in_layout(A: Array, B: Array, own: Layout, layout: Layout) -> tuple[Array, Array]:
-    if _same_order(own, layout):
-        return A, B
-    if _same_order(Layout(own.shape, own.sizes, own.columns, own.rows), layout):
-        return B, A
-    raise InputError(
-        f"the layer reads its {layout.shape} parameter as rows {own.rows} and columns {own.columns} of {own.sizes}, which "
-        "has no Kronecker factors along the parameter's own axes"
-    )
 
 
 def _same_order(a: Layout, b: Layout) -> bool:

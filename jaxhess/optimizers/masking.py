@@ -15,6 +15,7 @@ from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.full import FullHessian
 from jaxhess.operators.gauss_newton_full import GaussNewton
 from jaxhess.operators.paths import leaves_like, paths_of
+from jaxhess.optimizers.products import LinearisedGaussNewton
 
 __all__ = ["completed", "kept_entries", "product_of_kept", "restricted"]
 
@@ -44,7 +45,16 @@ def restricted(name: str, curvature: Any, structure: PyTree) -> Any:
         return dataclasses.replace(curvature, jacobians=_mapped(name, lambda _, J: J, structure, curvature.jacobians))
     if isinstance(curvature, FullHessian):
         return curvature
+    if isinstance(curvature, LinearisedGaussNewton):
+        blocks = None if curvature.blocks is None else restricted(name, curvature.blocks, structure)
+        push = jax.tree_util.Partial(_push_kept, curvature.push, curvature.structure)
+        kept = _mapped(name, lambda _, w: w, structure, curvature.structure)
+        return dataclasses.replace(curvature, push=push, structure=kept, blocks=blocks)
     raise InputError(f"{name}: of a {type(curvature).__name__} the part of some parameters cannot be taken; give blocks")
+
+
+def _push_kept(push: Any, whole: PyTree, vector: PyTree) -> PyTree:
+    return push(completed("push", vector, jax.tree.map(jnp.zeros_like, whole)))
 
 
 def kept_entries(structure: PyTree, whole: PyTree) -> np.ndarray | None:

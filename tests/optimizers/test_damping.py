@@ -1,0 +1,222 @@
+"""The rules of damping: Nielsen's formulas and bounds, constants and their halving, trust radii, the last step's loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxhess._typing import InputError
+from jaxhess.operators import Dense
+from jaxhess.optimizers import TrustRadius, constant, levenberg_marquardt, newton, scale_by_gauss_newton, scale_by_newton
+from jaxhess.optimizers.damping import as_rule
+
+RATIOS = [-3.0, 0.0, 0.1, 0.25, 0.5, 0.8, 1.0, 1.3, 40.0, np.inf]
+LENGTH = jnp.asarray(1.0)
+
+
+def test_levenberg_marquardt_is_nielsens_rule():
+    rule = levenberg_marquardt(0.5, decrease=3.0)
+    control = rule.start(jnp.float64)
+    assert (control.damping, control.growth) == (0.5, 2.0)
+    for ratio in RATIOS:
+        factor = np.clip(1 - (2 * np.clip(ratio, -1, 2) - 1) ** 3, 1 / 3, 2)
+        taken = rule.taken(control._replace(growth=jnp.asarray(16.0)), jnp.asarray(ratio), LENGTH)
+        np.testing.assert_allclose(taken.damping, 0.5 * factor, rtol=1e-12)
+        assert taken.growth == 2
+    np.testing.assert_allclose(rule.taken(control, jnp.asarray(0.8), LENGTH).damping, 0.5 * (1 - 0.6**3), rtol=1e-12)
+    # Refused: by 2, 4, 8, 16 and no more; after a step that is taken from 2 again.
+    expected = 0.5
+    for growth in (2, 4, 8, 16, 16):
+        assert control.growth == growth
+        control, expected = rule.refused(control, LENGTH), expected * growth
+        assert control.damping == expected
+    control = rule.taken(control, jnp.asarray(0.5), LENGTH)
+    assert rule.refused(control, LENGTH).damping == 2 * control.damping
+
+
+def test_levenberg_marquardt_stays_in_its_bounds():
+    rule = levenberg_marquardt(1.0, decrease=10.0, least=0.05, most=100.0)
+    control = rule.start(jnp.float32)
+    for _ in range(5):
+        control = rule.taken(control, jnp.asarray(1.0, jnp.float32), LENGTH)
+    np.testing.assert_allclose(control.damping, 0.05, rtol=1e-6)
+    for _ in range(60):
+        control = rule.refused(control, LENGTH)
+    assert control.damping == 100
+    assert np.isfinite(control.growth)
+    assert {leaf.dtype for leaf in control} == {jnp.dtype("float32")}
+
+
+def test_trust_radius():
+    rule = TrustRadius(2.0, most=3.0)
+    control = rule.start(jnp.float64)
+
+    def after(ratio, length):
+        return float(rule.taken(control, jnp.asarray(ratio), jnp.asarray(length)).damping)
+
+    assert after(0.9, 2.0) == 3.0  # twice as much, at most 3
+    assert after(0.9, 1.0) == 2.0  # within the ball
+    assert after(0.5, 2.0) == 2.0
+    assert after(0.1, 2.0) == 0.5
+    assert after(0.1, 1.0) == 0.25
+    assert rule.refused(control, jnp.asarray(2.0)).damping == 0.5
+    assert rule.refused(control, jnp.asarray(1.0)).damping == 0.25
+    for unknown in (0.0, jnp.nan, jnp.inf):
+        assert rule.refused(control, jnp.asarray(unknown)).damping == 0.5
+
+
+def test_options_that_are_refused():
+    for attempt, what in (
+        (lambda: constant(-1.0), "must not be negative"),
+        (lambda: constant(float("nan")), "must not be negative"),
+        (lambda: levenberg_marquardt(0.0), "initial must be positive"),
+        (lambda: levenberg_marquardt(float("nan")), "initial must be positive"),
+        (lambda: levenberg_marquardt(decrease=1.0), "decrease must be above 1"),
+        (lambda: levenberg_marquardt(least=2.0, most=1.0), "least <= most"),
+        (lambda: levenberg_marquardt(least=-1.0), "least <= most"),
+        (lambda: as_rule("newton", "lm"), "newton: damping must be .*'lm'"),
+        (lambda: as_rule("newton", jnp.ones(2)), r"newton: damping must be one number.*\(2,\)"),
+        (lambda: newton(damping=TrustRadius()), "is for curvature='trust_region'"),
+        (lambda: newton("trust_region", "full", damping=1e-3), "radius in the place of a damping"),
+        (lambda: newton("trust_region"), "blocks='full'"),
+        (lambda: scale_by_gauss_newton(damping=TrustRadius()), "TrustRadius"),
+        (lambda: newton(learning_rate="fast"), "learning_rate must be .*'fast'"),
+        (lambda: newton(momentum="nesterov"), "momentum must be .*'nesterov'"),
+        (lambda: newton(momentum="exact"), "needs learning_rate='exact'"),
+        (lambda: newton("trust_region", "full", learning_rate="exact"), "sets the whole step"),
+        (lambda: newton("trust_region", "full", momentum=0.9), "sets the whole step"),
+        (lambda: newton(max_attempts=0), "max_attempts must be .*at least 1"),
+        (lambda: newton(max_failures=0), "max_failures must be .*at least 1"),
+        (lambda: newton("abs"), "curvature must be one of absolute"),
+        (lambda: newton(blocks="layer"), "blocks must be"),
+        (lambda: scale_by_gauss_newton(solver="lu"), "solver must be"),
+        (lambda: scale_by_gauss_newton(tolerance=0.0), "tolerance"),
+        (lambda: scale_by_gauss_newton(max_iterations=0), "max_iterations"),
+    ):
+        with pytest.raises(InputError, match=what):
+            attempt()
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan")])
+def test_a_radius_must_be_positive(radius):
+    with pytest.raises(InputError, match="positive"):
+        newton("trust_region", "full", damping=TrustRadius(radius))
+
+
+def test_no_damping_is_not_a_damping():
+    with pytest.raises(InputError, match="damping"):
+        newton(damping=None)
+
+
+H = np.array([[2.0, 0.5], [0.5, 1.0]])
+X = np.array([1.0, -2.0])
+
+
+def objective(bump):
+    """A quadratic with H, and what makes it differ from that."""
+    return lambda x: x @ jnp.asarray(H) @ x / 2 + bump(x)
+
+
+@functools.cache
+def update_of(optimizer, function=None, valued=True):
+    def update(grads, state, params, value):
+        given = {"value": value} if valued else {}
+        return optimizer.update(grads, state, params, curvature=Dense(jnp.asarray(H)), value_fn=function, **given)
+
+    return jax.jit(update)
+
+
+def test_a_constant_follows_its_schedule_and_needs_no_loss():
+    optimizer = scale_by_newton(
+        damping=lambda count: 0.8 * 0.5**count, learning_rate=lambda count: 1.0 + count, momentum=0.25
+    )
+    x, state, last = jnp.asarray(X), optimizer.init(jnp.asarray(X)), np.zeros(2)
+    for k in range(3):
+        g = H @ np.asarray(x)
+        updates, state = update_of(optimizer, valued=False)(jnp.asarray(g), state, x, None)
+        last = -(1 + k) * np.linalg.solve(H + 0.8 * 0.5**k * np.eye(2), g) + 0.25 * last
+        np.testing.assert_allclose(-updates, last, rtol=1e-10)
+        np.testing.assert_allclose(state.info.predicted, -(g @ last + last @ H @ last / 2), rtol=1e-9)
+        np.testing.assert_allclose([state.control.damping, state.info.momentum], [0.8 * 0.5**k, 0.25], rtol=1e-12)
+        assert state.info.accepted
+        x = x - updates
+    assert state.count == 3
+
+
+def test_refused_steps_of_a_constant_are_halved():
+    # The bump lets through what is an eighth of the step, no more.
+    function = objective(lambda x: jnp.where(jnp.linalg.norm(x - jnp.asarray(X)) > 0.3, 100.0, 0.0))
+    optimizer, g = scale_by_newton(damping=0.1), H @ X
+    d = -np.linalg.solve(H + 0.1 * np.eye(2), g)
+    halvings = int(np.ceil(np.log2(np.linalg.norm(d) / 0.3)))
+    assert halvings == 3
+    state = optimizer.init(jnp.asarray(X))
+    for _ in range(2):  # each update begins with the full step
+        updates, state = update_of(optimizer, function)(jnp.asarray(g), state, jnp.asarray(X), function(jnp.asarray(X)))
+        s = d / 2**halvings
+        np.testing.assert_allclose(-updates, s, rtol=1e-10)
+        info = state.info
+        assert info.attempts == halvings + 1
+        np.testing.assert_allclose(info.predicted, -(g @ s + s @ H @ s / 2), rtol=1e-10)
+        np.testing.assert_allclose(info.ratio, 1.0, rtol=1e-9)
+        np.testing.assert_allclose(state.control.damping, 0.1)
+
+
+def test_levenberg_marquardt_with_value_fn():
+    def quartic(x):
+        return 30 * jnp.sum(x) ** 4
+
+    function = objective(quartic)
+    optimizer = scale_by_newton(damping=levenberg_marquardt(0.01))
+    x, state = jnp.asarray(X), optimizer.init(jnp.asarray(X))
+    g = np.asarray(jax.grad(function)(x))
+    updates, state = update_of(optimizer, function)(jnp.asarray(g), state, x, function(x))
+    damping, growth, attempts = 0.01, 2, 1
+    while True:
+        s = -np.linalg.solve(H + damping * np.eye(2), g)
+        fell = float(function(x) - function(x + s))
+        if fell >= 0:
+            break
+        damping, growth, attempts = damping * growth, min(2 * growth, 16), attempts + 1
+    assert attempts > 2
+    np.testing.assert_allclose(-updates, s, rtol=1e-9)
+    assert state.info.attempts == attempts
+    ratio = fell / -(g @ s + s @ H @ s / 2)
+    np.testing.assert_allclose(state.info.ratio, ratio, rtol=1e-8)
+    factor = np.clip(1 - (2 * ratio - 1) ** 3, 1 / 3, 2)
+    np.testing.assert_allclose(state.control.damping, damping * factor, rtol=1e-8)
+    assert state.control.growth == 2
+    np.testing.assert_allclose(state.info.loss, function(x))
+    np.testing.assert_allclose(state.info.new_loss, function(x + s))
+    # The loss is computed where it is not given.
+    again, same = update_of(optimizer, function, valued=False)(jnp.asarray(g), optimizer.init(x), x, None)
+    np.testing.assert_allclose(again, updates, rtol=1e-12)
+    np.testing.assert_allclose(same.info.loss, function(x))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3, -0.5])
+def test_the_value_alone_judges_the_last_step(ratio):
+    optimizer = scale_by_newton(damping=levenberg_marquardt(0.4))
+    update, g = update_of(optimizer), H @ X
+    x = jnp.asarray(X)
+    updates, state = update(jnp.asarray(g), optimizer.init(x), x, 5.0)
+    assert state.control.damping == 0.4  # nothing to judge yet
+    assert np.isnan(state.info.ratio)
+    np.testing.assert_allclose(-updates, -np.linalg.solve(H + 0.4 * np.eye(2), g), rtol=1e-10)
+    value = 5.0 - ratio * float(state.info.predicted)
+    updates, state = update(jnp.asarray(g), state, x, value)
+    factor = np.clip(1 - (2 * ratio - 1) ** 3, 1 / 3, 2) if ratio > 0 else 2
+    np.testing.assert_allclose(state.control.damping, 0.4 * factor, rtol=1e-9)
+    np.testing.assert_allclose(-updates, -np.linalg.solve(H + 0.4 * factor * np.eye(2), g), rtol=1e-9)
+    # A loss that is not finite: nothing is taken, the damping rises, and the next loss judges no step.
+    before = float(state.control.damping)
+    updates, state = update(jnp.asarray(g), state, x, jnp.nan)
+    np.testing.assert_array_equal(updates, [0, 0])
+    assert state.control.damping > before
+    risen = float(state.control.damping)
+    updates, state = update(jnp.asarray(g), state, x, 1.0)
+    np.testing.assert_allclose(state.control.damping, risen)
+    assert state.failures == 0
+    assert np.linalg.norm(updates) > 0

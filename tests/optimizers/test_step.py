@@ -1,0 +1,255 @@
+"""The convenience: one compiled step, of a pair or a lone loss, with any optimizer and models of other libraries."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxhess
+from jaxhess import optimizers
+from jaxhess._typing import InputError
+from jaxhess.optimizers import Metrics, find_state, gauss_newton, kronecker_newton, levenberg_marquardt, newton, step
+
+DAMPING = 2.0
+
+
+def absolute(matrix):
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.abs(values)) @ vectors.T
+
+
+def first(net, optimizer, loss_or_model, **options):
+    """The first step's parameters as a vector, state and metrics."""
+    train = step(loss_or_model, optimizer, **options)
+    params, state, metrics = train(net.params, optimizer.init(net.params), *net.batch)
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)]), state, metrics
+
+
+def moved(net, C, damping=DAMPING):
+    return net.flat - np.linalg.solve(C + damping * np.eye(15), net.gradient)
+
+
+def test_which_curvature_it_takes(net, helpers):
+    D, G, pair = net.dense_hessian(), net.dense_gauss_newton(), (net.model, net.loss)
+    block, by = net.blocked, {"damping": DAMPING}
+    chain = functools.partial(optax.chain, optax.identity())
+    for optimizer, given, options, expected in (
+        (newton(**by), net.error, {}, moved(net, absolute(block(D)))),
+        (newton(**by), pair, {}, moved(net, absolute(block(D)))),
+        (newton(**by), net.error, {"blocks": "full"}, moved(net, absolute(D))),
+        (gauss_newton(**by), pair, {}, moved(net, G)),
+        (gauss_newton(**by), pair, {"blocks": "diagonal"}, moved(net, block(G))),
+        # What is within a chain is not seen: Gauss-Newton of a pair, the Hessian's blocks else.
+        (chain(newton(**by)), net.error, {}, moved(net, absolute(block(D)))),
+        (chain(newton(**by)), pair, {}, moved(net, G)),
+        (chain(newton(**by)), pair, {"curvature": "hessian"}, moved(net, absolute(block(D)))),
+        (chain(gauss_newton(**by)), pair, {"blocks": "diagonal"}, moved(net, block(G))),
+    ):
+        flat, state, metrics = first(net, optimizer, given, **options)
+        helpers.close(flat, expected)
+        helpers.close(metrics.loss, net.value_and_gradient[0])
+        assert metrics.accepted
+        helpers.same(helpers.find(state).info.loss, metrics.loss)
+
+
+def test_curvature_of_ones_own(net, helpers):
+    def curvature(params, xs, ts):
+        return jaxhess.fisher(net.error, blocks="full")(params, xs, ts)
+
+    rows = jax.vmap(jax.grad(net.error), (None, 0, 0))(net.params, *net.batch)
+    rows = np.concatenate([np.asarray(leaf).reshape(4, -1) for leaf in jax.tree.leaves(rows)], axis=1)
+    for optimizer, given in ((gauss_newton(damping=DAMPING), net.error), (newton(damping=DAMPING), (net.model, net.loss))):
+        flat, _, _ = first(net, optimizer, given, curvature=curvature)
+        helpers.close(flat, moved(net, rows.T @ rows / 4))
+
+
+def test_any_optimizer_of_optax(net, helpers):
+    (value, grads), pair = net.value_and_gradient, (net.model, net.loss)
+    for optimizer, given in ((optax.adam(0.01), pair), (optax.lbfgs(), net.error)):
+        flat, _, metrics = first(net, optimizer, given)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, _ = update(grads, optimizer.init(net.params), net.params, value=value, grad=grads, value_fn=net.mean)
+        helpers.close(flat, net.flat + helpers.flat(updates), 1e-8)
+        helpers.close(metrics.loss, value)
+        assert metrics.solver_name == "none"
+        assert np.isnan(metrics.damping)
+        assert np.isnan(metrics.gain_ratio)
+        assert (metrics.attempts, metrics.iterations) == (0, 0)
+
+
+def test_metrics(net, helpers):
+    optimizer = gauss_newton(solver="cg", damping=levenberg_marquardt(0.5), learning_rate="exact", momentum="exact")
+    flat, state, metrics = first(net, optimizer, (net.model, net.loss))
+    info = helpers.find(state).info
+    assert Metrics._fields == (
+        "loss", "damping", "gain_ratio", "accepted", "attempts", "iterations", "residual", "learning_rate", "momentum",
+        "solver",
+    )  # fmt: skip
+    assert all(jnp.shape(field) == () for field in metrics)
+    helpers.close(metrics.damping, helpers.find(state).control.damping)
+    helpers.close(metrics.gain_ratio, (net.value_and_gradient[0] - net.mean(net.tree(flat))) / info.predicted, 1e-7)
+    assert metrics.solver_name == "conjugate gradients"
+    assert metrics.iterations > 0
+    assert 0 < metrics.residual <= 1e-2
+    assert metrics.learning_rate > 0.5
+    assert metrics.momentum == 0
+
+
+def test_it_is_compiled_once(net):
+    traces = []
+
+    def error(p, x, t):
+        traces.append(1)
+        return net.error(p, x, t)
+
+    optimizer = newton(learning_rate="exact", momentum="exact")
+    train, state, params = step(error, optimizer), optimizer.init(net.params), net.params
+    params, state, _ = train(params, state, *net.batch)
+    count = len(traces)
+    for k in range(3):
+        params, state, metrics = train(params, state, *(leaf + k for leaf in net.batch))
+        jax.block_until_ready(metrics)
+    assert len(traces) == count
+
+
+@pytest.mark.parametrize("name", ["newton", "gauss_newton", "kronecker_newton"])
+def test_batch_size_is_no_matter(net, helpers, name):
+    optimizer, given = {
+        "newton": (newton("trust_region", "full"), net.error),
+        "gauss_newton": (gauss_newton(), (net.model, net.loss)),
+        "kronecker_newton": (kronecker_newton(), (net.model, net.loss)),
+    }[name]
+    flat, _, metrics = first(net, optimizer, given)
+    chunked, _, same = first(net, optimizer, given, batch_size=2)
+    helpers.close(chunked, flat, 1e-8)
+    helpers.close(same.gain_ratio, metrics.gain_ratio, 1e-7)
+
+
+MASK = {"hidden": True, "out": False}
+
+
+def test_masks_and_partitions(net, helpers):
+    s = moved(net, absolute(net.blocked(net.dense_hessian()))) - net.flat
+    labels = {"hidden": "newton", "out": "adam"}
+    parts = optax.partition({"newton": newton(damping=DAMPING), "adam": optax.adam(1e-3)}, labels)
+    flat, state, metrics = first(net, parts, net.error)
+    helpers.close((flat - net.flat)[:9], s[:9])
+    assert metrics.solver_name == "eigendecomposition of each block"
+    assert metrics.accepted
+    frozen = optax.chain(
+        optax.masked(newton(damping=DAMPING), MASK), optax.masked(optax.set_to_zero(), {"hidden": False, "out": True})
+    )
+    flat, state, metrics = first(net, frozen, net.error)
+    helpers.close(flat, net.flat + np.where(np.arange(15) < 9, s, 0))
+    # Nothing else moved, so what was predicted to be the loss is.
+    helpers.close(helpers.find(state).info.new_loss, net.mean(net.tree(flat)))
+    both = optax.partition({"newton": gauss_newton(), "adam": optax.adam(1e-3)}, labels)
+    _, _, metrics = first(net, both, (net.model, net.loss))
+    assert metrics.solver_name.startswith("Cholesky")
+
+
+def trained(params, optimizer, given, batch, count=12):
+    train, state, losses = step(given, optimizer), optimizer.init(params), []
+    for _ in range(count):
+        params, state, metrics = train(params, state, *batch)
+        losses.append(float(metrics.loss))
+    assert losses == sorted(losses, reverse=True)
+    return params, state, losses
+
+
+def test_flax_models_train(net):
+    xs, ts = net.batch
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
+    graphdef, state = nnx.split(model)
+    batch = xs.astype(jnp.float32), ts.astype(jnp.float32)
+
+    def apply(state, x):
+        return nnx.merge(graphdef, state)(x)
+
+    with jax.numpy_rank_promotion("allow"):
+        for optimizer in (kronecker_newton(every=2), optax.chain(newton())):
+            params, _, losses = trained(state, optimizer, (apply, net.loss), batch)
+            assert losses[-1] < 0.2 * losses[0]
+            assert isinstance(params, nnx.State)
+        nnx.update(model, params)
+        predicted = jnp.mean(jax.vmap(net.loss)(model(batch[0]), batch[1]))
+    assert predicted <= losses[-1]
+
+
+def test_equinox_models_train(net):
+    params, static = eqx.partition(eqx.nn.MLP(2, 2, 3, 1, jnp.tanh, key=jax.random.key(0)), eqx.is_inexact_array)
+
+    def apply(params, x):
+        return eqx.combine(params, static)(x)
+
+    def error(params, x, t):
+        return net.loss(apply(params, x), t)
+
+    for optimizer, given in ((gauss_newton(), (apply, net.loss)), (newton("trust_region", "full"), error)):
+        found, _, losses = trained(params, optimizer, given, net.batch)
+        assert losses[-1] < 0.2 * losses[0]
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+
+
+def test_batches_that_are_trees(net, helpers):
+    xs, ts = net.batch
+
+    def model(p, x):
+        return net.model(p, x["left"] + x["right"])
+
+    def loss(z, target, weight):
+        return weight * net.loss(z, target)
+
+    optimizer = gauss_newton(damping=DAMPING)
+    train = step((model, loss), optimizer)
+    batch = {"left": xs / 4, "right": 3 * xs / 4}, ts, jnp.ones(4)
+    params, _, _ = train(net.params, optimizer.init(net.params), *batch)
+    helpers.close(helpers.flat(params), moved(net, net.dense_gauss_newton()))
+
+
+def test_refusals(net):
+    for attempt, what in (
+        (lambda: step(net.error, gauss_newton()), r"Gauss-Newton needs the model and its loss apart.*step\(\(model, loss\)"),
+        (lambda: step(net.error, newton(), curvature="gauss_newton"), "needs the model and its loss apart"),
+        (lambda: step((net.model, net.loss, net.loss), newton()), "got 3 functions"),
+        (lambda: step(net.error, newton(), curvature="fisher"), "curvature.*fisher"),
+        (lambda: step(net.error, newton(), blocks="layer"), "blocks.*layer"),
+    ):
+        with pytest.raises(InputError, match=what):
+            attempt()
+    optimizer = newton("trust_region", "full")
+    train = step(net.error, optimizer, blocks="diagonal")
+    with pytest.raises(InputError, match="needs the whole Hessian"):
+        train(net.params, optimizer.init(net.params), *net.batch)
+
+
+def test_failures_are_raised_with_a_clear_message(net):
+    optimizer = newton(max_failures=2)
+    train, state = step(net.error, optimizer), optimizer.init(net.params)
+    xs, ts = net.batch
+    spoiled = xs, ts.at[0, 0].set(jnp.nan)
+    params, state, metrics = train(net.params, state, *spoiled)
+    assert not metrics.accepted
+    assert np.isnan(metrics.loss)
+    jax.tree.map(np.testing.assert_array_equal, params, net.params)
+    with pytest.raises(RuntimeError, match="newton: 2 updates in a row") as raised:
+        jax.block_until_ready(train(params, state, *spoiled))
+    assert "INTERNAL" not in str(raised.value)
+    # The state before it is good for more.
+    params, state, metrics = train(params, state, *net.batch)
+    assert metrics.accepted
+    assert optimizers.find_state(state).failures == 0
+
+
+def test_find_state(net):
+    assert find_state(optax.adam(0.1).init(net.params)) is None
+    nested = optax.chain(optax.clip(1.0), optax.masked(optax.chain(newton()), MASK))
+    found = find_state(nested.init(net.params))
+    assert found is not None
+    assert found.count == 0
+    assert found.info.solver_name == "none"
