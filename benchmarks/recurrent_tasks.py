@@ -84,6 +84,7 @@ def adding(seed: int, steps: int = 30, count: int = 5000) -> Task:
         metric_name="share off by more than 0.04",
         dtype=_FLOAT,
         batches=(None, 100),
+        curvature_batch=1000,
         budget=60.0,
         success=0.01,
     )

@@ -124,8 +124,8 @@ class _GaussNewton(Method):
             return _Iterated(operator, decay, known), memory
         if not lx.is_positive_semidefinite(operator):
             raise InputError(
-                f"gauss_newton: curvature must be positive semidefinite, as jaxhess.gauss_newton and jaxhess.fisher give "
-                f"it, got a {type(operator).__name__} without that tag. newton takes a Hessian; step((model, loss), optimizer) "
+                "gauss_newton: curvature must be positive semidefinite, as jaxhess.gauss_newton and jaxhess.fisher give it; "
+                f"this {type(operator).__name__} has no such tag. newton takes a Hessian; step((model, loss), optimizer) "
                 "computes the Gauss-Newton matrix, within optax.chain and the like too"
             )
         operator = wide(operator)
