@@ -485,6 +485,21 @@ def test_diagonals_form_no_gradient_of_an_example():
         assert max(sizes) < r * m * n
 
 
+def test_a_matrix_of_some_hundred_rows():
+    """Formed in strips from the diagonal on."""
+
+    def model(w, x):
+        return jnp.sin(w @ x)
+
+    w, xs = normal(1, 20, 21), normal(2, 9, 21)
+    found = jax.jit(
+        lambda w: jaxhess.gauss_newton(model, losses.squared_error, blocks="full")(w, xs, xs[:, :20]).as_matrix()
+    )(w)
+    J = jax.vmap(jax.jacfwd(model), (None, 0))(w, xs).reshape(-1, 420)
+    np.testing.assert_allclose(found, J.T @ J / 9, rtol=1e-10, atol=1e-12)
+    np.testing.assert_array_equal(found, found.T)
+
+
 def test_indexing_follows_the_rows_first():
     model, loss, params, batch = CASES["squared_error"]()
     G = jaxhess.gauss_newton(model, loss, blocks="full")(params, *batch)
