@@ -14,7 +14,7 @@ from jaxhess.optimizers.gauss_newton import choose_solver
 from jaxhess.optimizers.products import linearised_gauss_newton
 from jaxhess.optimizers.sampling import sampled_curvature
 from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, find_state
-from jaxhess.transforms import gauss_newton, gauss_newton_vp, hessian, hvp, value_grad_and_hessian
+from jaxhess.transforms import gauss_newton, gauss_newton_vp, hessian, hvp, linearized_hvp, value_grad_and_hessian
 from jaxhess.transforms.checks import check_option, hashable
 
 __all__ = ["Metrics", "step"]
@@ -105,7 +105,10 @@ def step(
         if wanted.curvature == "hessian":
             if wanted.sampled:
                 made = functools.partial(hessian(error, batch_size=batch_size), params, *batch)
-                products = {"product": lambda v: hvp(error, batch_size=batch_size)(params, v, *batch)}
+                chunked = hvp(error, batch_size=batch_size)
+                by_chunks = batch_size is not None
+                product = (lambda v: chunked(params, v, *batch)) if by_chunks else linearized_hvp(error)(params, *batch)
+                products = {"product": product}
                 return *jax.value_and_grad(mean)(params, *batch), {"curvature": made, **products}
             evaluate: Any = value_grad_and_hessian
             value, gradient, H = evaluate(error, blocks=wanted.blocks, batch_size=batch_size)(params, *batch)
@@ -114,6 +117,12 @@ def step(
         if wanted.sampled:
             key = jax.random.fold_in(jax.random.key(0), count)
             made = functools.partial(sampled_curvature, model, loss, params, *batch, key=key)
+            if batch_size is None:
+                return (
+                    value,
+                    gradient,
+                    {"curvature": made, "product": linearised_gauss_newton(model, loss, params, *batch).mv},
+                )
             product = gauss_newton_vp(model, loss, batch_size=batch_size)
             return value, gradient, {"curvature": made, "product": lambda v: product(params, v, *batch)}
         evaluate = gauss_newton(model, loss, blocks=wanted.blocks, batch_size=batch_size)
