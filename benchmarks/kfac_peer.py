@@ -16,14 +16,12 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
+import kfac_jax
 import numpy as np
 
 given = dict(np.load(sys.argv[1]))
-if given["xs"].dtype == np.float64:
-    jax.config.update("jax_enable_x64", True)
-
-import jax.numpy as jnp  # noqa: E402
-import kfac_jax  # noqa: E402  # pyright: ignore[reportMissingImports]
+jax.config.update("jax_enable_x64", given["xs"].dtype == np.float64)
 
 LAYERS = sum(name.startswith("w") for name in given)
 LINEAR = {LAYERS - 1, *given["linear"].tolist()}

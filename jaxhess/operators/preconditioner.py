@@ -22,7 +22,13 @@ from jaxhess.operators.layout import Layout
 from jaxhess.operators.mapped import mapped_matrix
 from jaxhess.operators.support import as_real_arrays, as_scalar, check_operator_fits, check_vector, describe, shape_text
 
-__all__ = ["BlockPreconditioner", "KroneckerPreconditioner", "block_preconditioner", "kronecker_preconditioner"]
+__all__ = [
+    "BlockPreconditioner",
+    "KroneckerPreconditioner",
+    "block_preconditioner",
+    "kronecker_preconditioner",
+    "register_semidefinite",
+]
 
 
 def kronecker_preconditioner(
@@ -165,7 +171,10 @@ def _decomposed(matrix: Array) -> tuple[Array, Array]:
 _eigh = jax.jit(_decomposed)
 
 
-def _register_with_lineax() -> None:
+def register_semidefinite(*classes: type) -> None:
+    """Answers lineax's questions about positive semidefinite operators; those that its older releases do not ask are passed
+    over."""
+
     def itself(operator):
         return operator
 
@@ -198,9 +207,9 @@ def _register_with_lineax() -> None:
         "tridiagonal": three_diagonals,
     }
     for question, answer in answers.items():
-        for kind in (KroneckerPreconditioner, BlockPreconditioner):
+        for kind in classes:
             if hasattr(lx, question):
                 getattr(lx, question).register(kind)(answer)
 
 
-_register_with_lineax()
+register_semidefinite(KroneckerPreconditioner, BlockPreconditioner)

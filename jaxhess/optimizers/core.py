@@ -20,7 +20,7 @@ from jax.core import Tracer
 
 from jaxhess._linalg import widened
 from jaxhess._typing import Array, InputError, PyTree
-from jaxhess.operators.vectors import dot, dtype_of, norm, plus, times, where
+from jaxhess.operators.vectors import dot, dtype_of, like, norm, plus, times, where
 from jaxhess.optimizers.damping import Control, Rule, TrustRadius
 from jaxhess.optimizers.masking import completed, product_of_kept, restricted
 from jaxhess.optimizers.quadratic import Combination, best_combination, best_length
@@ -141,7 +141,7 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
 
     def update(
         updates: PyTree,
-        state: SecondOrderState,
+        state: Any,  # a SecondOrderState; what optax calls a state is wider
         params: PyTree = None,
         *,
         curvature: Any = None,
@@ -246,7 +246,7 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
             nothing, nothing, nothing,
         )  # fmt: skip
         most = settings.attempts if value_fn is not None else 1
-        tries = jax.lax.while_loop(lambda a: finite & ~a.accepted & (a.tried < most), lambda a: _like(a, attempt(a)), start)
+        tries = jax.lax.while_loop(lambda a: finite & ~a.accepted & (a.tried < most), lambda a: like(a, attempt(a)), start)
         control = where(finite, tries.control, settings.rule.refused(control, nothing))
         failed = ~finite | ~jnp.isfinite(norm(tries.step)) | ~jnp.isfinite(tries.predicted)
         failures = jnp.where(failed, state.failures + 1, 0).astype(jnp.int32)
@@ -264,10 +264,10 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         )  # fmt: skip
         info = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), info, state.info)
         previous = step if settings.keeps_steps else ()
-        new_state = SecondOrderState(count + 1, _like(state.control, control), failures, value, previous, memory, info)
+        new_state = SecondOrderState(count + 1, like(state.control, control), failures, value, previous, memory, info)
         return jax.tree.map(lambda s, u: -s.astype(u.dtype), step, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _combined(
@@ -349,7 +349,3 @@ def _scheduled(given: Any, count: Array) -> Any:
 
 def _number(given: Any) -> str:
     return "too many" if isinstance(given, Tracer) else str(given)
-
-
-def _like(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.asarray(y, jnp.asarray(x).dtype), a, b)

@@ -15,6 +15,7 @@ import lineax as lx
 from jaxhess._linalg import widened
 from jaxhess._typing import Array, PyTree
 from jaxhess.operators.block import BlockDiagonal
+from jaxhess.operators.preconditioner import register_semidefinite
 from jaxhess.operators.vectors import dtype_of
 
 __all__ = ["LinearisedGaussNewton", "linearised_gauss_newton"]
@@ -70,26 +71,4 @@ def linearised_gauss_newton(
     return LinearisedGaussNewton(push, curve, scale, wide, blocks)
 
 
-@lx.is_positive_semidefinite.register(LinearisedGaussNewton)
-@lx.is_symmetric.register(LinearisedGaussNewton)
-def _(operator: LinearisedGaussNewton) -> bool:
-    del operator
-    return True
-
-
-@lx.is_negative_semidefinite.register(LinearisedGaussNewton)
-@lx.is_diagonal.register(LinearisedGaussNewton)
-@lx.is_tridiagonal.register(LinearisedGaussNewton)
-@lx.is_lower_triangular.register(LinearisedGaussNewton)
-@lx.is_upper_triangular.register(LinearisedGaussNewton)
-@lx.has_unit_diagonal.register(LinearisedGaussNewton)
-def _(operator: LinearisedGaussNewton) -> bool:
-    del operator
-    return False
-
-
-@lx.linearise.register(LinearisedGaussNewton)
-@lx.materialise.register(LinearisedGaussNewton)
-@lx.conj.register(LinearisedGaussNewton)
-def _(operator: LinearisedGaussNewton) -> LinearisedGaussNewton:
-    return operator
+register_semidefinite(LinearisedGaussNewton)
