@@ -23,6 +23,7 @@ SECOND_ORDER: dict[str, Callable[[], Any]] = {
     "newton": optimizers.newton,
     "kronecker_newton": optimizers.kronecker_newton,
 }
+CALL_SECONDS = 0.01  # as first-order methods do, small networks take several steps in one call
 LARGE = 10**6  # parameters; of larger networks kfac-jax keeps fewer states on the way
 
 
@@ -32,7 +33,17 @@ class SecondOrder:
     def __init__(self, task: Task, method: str) -> None:
         self.task, self.method = task, method
         self._optimizer = SECOND_ORDER[method]()
-        self._step = optimizers.step((task.model, task.loss), self._optimizer)
+        step = optimizers.step((task.model, task.loss), self._optimizer)
+
+        @jax.jit
+        def steps(carry: Any, batches: tuple[Array, ...], count: Array) -> Any:
+            def one(number: Array, carry: Any) -> Any:
+                params, state, _ = step(*carry, *(a[number % len(a)] for a in batches))
+                return params, state
+
+            return jax.lax.fori_loop(0, count, one, carry)
+
+        self._steps = steps
 
     def run(
         self, seed: int, params: PyTree, data: tuple[Array, Array], evaluate: Callable[..., Any], budget: float
@@ -41,33 +52,35 @@ class SecondOrder:
         batch = self.task.curvature_batch
         stream = _batches(data, batch, seed)
         start = time.perf_counter()
-        warm, state = jax.tree.map(jnp.copy, params), self._optimizer.init(params)
-        for _ in range(2):
-            warm, state, _ = self._step(warm, state, *next(stream))
-        jax.block_until_ready(warm)
+        carry = jax.tree.map(jnp.copy, params), self._optimizer.init(params)
+        count = int(np.clip(CALL_SECONDS / self._step_seconds(carry, next(stream)), 1, 1000)) if batch is None else 1
         compile_seconds = time.perf_counter() - start
 
         def advance(carry: Any, share: float) -> tuple[Any, int]:
             del share
-            params, state = carry
-            params, state, _ = self._step(params, state, *next(stream))
-            return (params, state), 1
+            return self._steps(carry, next(stream), count), count
 
         name = self.method, "all examples" if batch is None else f"batch {batch}", seed
-        carry = jax.tree.map(jnp.copy, params), self._optimizer.init(params)
         return record(advance, lambda carry: carry[0], carry, evaluate, budget, self.task.success, name, compile_seconds)
+
+    def _step_seconds(self, carry: Any, batches: tuple[Array, ...]) -> float:
+        """The time of a step, after compiling; the state that was given is left alone."""
+        jax.block_until_ready(self._steps(carry, batches, 2))
+        start = time.perf_counter()
+        jax.block_until_ready(self._steps(carry, batches, 4))
+        return (time.perf_counter() - start) / 4
 
 
 def _batches(data: tuple[Array, Array], batch: int | None, seed: int) -> Iterator[tuple[Array, ...]]:
     rng = np.random.default_rng(seed)
     while True:
         if batch is None:
-            yield data
+            yield tuple(a[None] for a in data)
             continue
         order = rng.permutation(len(data[0]))
         for start in range(0, len(order) - batch + 1, batch):
             chosen = jnp.asarray(order[start : start + batch])
-            yield tuple(a[chosen] for a in data)
+            yield tuple(a[chosen][None] for a in data)
 
 
 def run_kfac(python: str, task: Task, seed: int, params: PyTree, evaluate: Callable[..., Any], budget: float) -> Curve:

@@ -19,7 +19,7 @@ from jaxhess.engine.views import View
 from jaxhess.operators.cross import CrossBlock, KroneckerCross
 from jaxhess.operators.uses import PairTerm, pair_terms
 
-__all__ = ["between", "cross_block", "is_layer", "plain_parameters"]
+__all__ = ["between", "cross_block", "is_layer", "layers_of", "plain_parameters"]
 
 Pair = tuple[int, int]
 
@@ -53,7 +53,7 @@ def is_layer(plan: Plan, weight: int, bias: int) -> bool:
     add what is used nowhere else."""
     w, b = plan.parameters[weight], plan.parameters[bias]
     uses = [[leaf for leaf in plan.leaves if root in leaf.roots] for root in (w, b)]
-    if any(len(leaves) != 1 or leaves[0].implicit for leaves in uses):
+    if any(len(leaves) != 1 or leaves[0].loops or (leaves[0].implicit and not plan.outputs) for leaves in uses):
         return False
     (product,), (added,) = uses
     if not product.structured or added.structured:
@@ -77,6 +77,26 @@ def is_layer(plan: Plan, weight: int, bias: int) -> bool:
         and shapes[0] == shapes[1] == plan.graph.avals[readers[0].outputs[0]].shape
         and plan.graph.avals[b].size == plan.graph.avals[added.variable].size
     )
+
+
+def layers_of(plan: Plan) -> tuple[tuple[int, int], ...]:
+    """The places of the weight and the bias of each layer, as `is_layer` has it."""
+    places = {root: place for place, root in enumerate(plan.parameters)}
+    added: dict[int, list[int]] = {}
+    for leaf in plan.leaves:
+        if not leaf.structured and len(leaf.roots) == 1:
+            added.setdefault(leaf.variable, []).extend(places[root] for root in leaf.roots)
+    partners: dict[int, list[int]] = {}
+    for operation in plan.during:
+        if operation.name == "add" and len(operation.inputs) == 2:
+            for one, other in (operation.inputs, operation.inputs[::-1]):
+                partners.setdefault(one, []).extend(added.get(other, ()))
+    pairs = []
+    for leaf in plan.leaves:
+        if leaf.structured and len(leaf.roots) == 1:
+            (weight,) = (places[root] for root in leaf.roots)
+            pairs += [(weight, bias) for bias in partners.get(leaf.output, ()) if is_layer(plan, weight, bias)]
+    return tuple(pairs)
 
 
 def _keeps_order(view: View | None) -> bool:

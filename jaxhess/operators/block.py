@@ -36,8 +36,9 @@ class BlockDiagonal(StructuredOperator):
     """A block-diagonal operator on a tree of parameters: `blocks` has a `CurvatureOperator` at each leaf.
 
     Vectors are trees of the parameters' structure. `H[key]` descends one level, `H.block("layer/w")` several; a leaf
-    gives its operator, a subtree a `BlockDiagonal`. Symmetric or positive semidefinite if every block is. Raises
-    `InputError` if a leaf is no `CurvatureOperator` or if there is none.
+    gives its operator, a subtree a `BlockDiagonal`. Symmetric or positive semidefinite if every block is. `layers` are the
+    places, among the leaves, of the weight and the bias of each layer that the error sees as `W z + b` only, as far as that
+    is known. Raises `InputError` if a leaf is no `CurvatureOperator` or if there is none.
 
     >>> import jax.numpy as jnp
     >>> from jaxhess.operators import Diagonal
@@ -49,9 +50,10 @@ class BlockDiagonal(StructuredOperator):
     """
 
     blocks: PyTree
+    layers: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
 
-    def __init__(self, blocks: PyTree, tags: Any = ()):
-        self.blocks = blocks
+    def __init__(self, blocks: PyTree, tags: Any = (), layers: Sequence[tuple[int, int]] = ()):
+        self.blocks, self.layers = blocks, tuple(layers)
         operators = []
         for path, operator in self.items():
             if not isinstance(operator, CurvatureOperator):
@@ -93,7 +95,9 @@ class BlockDiagonal(StructuredOperator):
         return jnp.sqrt(sum_of(operator.frobenius_norm() ** 2 for operator in self._operators()))
 
     def scaled(self, factor):
-        return BlockDiagonal(self._map(lambda operator: operator.scaled(factor)), scaled_tags(self.tags, factor))
+        return BlockDiagonal(
+            self._map(lambda operator: operator.scaled(factor)), scaled_tags(self.tags, factor), self.layers
+        )
 
     def eigvalsh(self):
         """All eigenvalues of all blocks in ascending order, (N,)."""

@@ -24,6 +24,7 @@ from jaxhess._typing import Array, InputError
 __all__ = ["Constant", "Control", "LevenbergMarquardt", "TrustRadius", "as_rule", "constant", "levenberg_marquardt"]
 
 _GROWTH, _MOST_GROWTH = 2.0, 16.0
+_MOST_SHARE = 0.8  # of the curvature along a step that may be damping
 
 
 class Control(NamedTuple):
@@ -50,8 +51,8 @@ class Constant:
         given = self.damping(count) if callable(self.damping) else self.damping
         return control._replace(damping=jnp.asarray(given, control.damping.dtype), scale=jnp.ones_like(control.scale))
 
-    def taken(self, control: Control, ratio: Array, length: Array) -> Control:
-        del ratio, length
+    def taken(self, control: Control, ratio: Array, length: Array, share: Array) -> Control:
+        del ratio, length, share
         return control
 
     def refused(self, control: Control, length: Array) -> Control:
@@ -67,6 +68,7 @@ class LevenbergMarquardt:
     decrease: float = 3.0
     least: float = 1e-12
     most: float = 1e12
+    release: float | None = None
     adaptive = True
 
     def start(self, dtype: Any) -> Control:
@@ -76,11 +78,12 @@ class LevenbergMarquardt:
         del count
         return control
 
-    def taken(self, control: Control, ratio: Array, length: Array) -> Control:
+    def taken(self, control: Control, ratio: Array, length: Array, share: Array) -> Control:
         del length
         # The cube of a ratio far from 1 would overflow in float32; its factor is the same from -1 on.
         bounded = jnp.clip(ratio, -1, 2)
-        factor = jnp.clip(1 - (2 * bounded - 1) ** 3, 1 / self.decrease, 2.0)
+        least = jnp.where(share > _MOST_SHARE, 1 / (self.release or self.decrease), 1 / self.decrease)
+        factor = jnp.clip(1 - (2 * bounded - 1) ** 3, least, 2.0)
         return self._limited(control, control.damping * factor, jnp.full_like(control.growth, _GROWTH))
 
     def refused(self, control: Control, length: Array) -> Control:
@@ -117,7 +120,8 @@ class TrustRadius:
         del count
         return control
 
-    def taken(self, control: Control, ratio: Array, length: Array) -> Control:
+    def taken(self, control: Control, ratio: Array, length: Array, share: Array) -> Control:
+        del share
         radius = control.damping
         smaller = jnp.where(length > 0, jnp.minimum(radius, length) / 4, radius)
         larger = jnp.where(length > 0.9 * radius, jnp.minimum(2 * radius, self.most), radius)
@@ -148,7 +152,12 @@ def constant(damping: float | Array | Callable[[Array], Any]) -> Constant:
 
 
 def levenberg_marquardt(
-    initial: float | Array = 1e-2, *, decrease: float = 3.0, least: float = 1e-12, most: float = 1e12
+    initial: float | Array = 1e-2,
+    *,
+    decrease: float = 3.0,
+    least: float = 1e-12,
+    most: float = 1e12,
+    release: float | None = None,
 ) -> LevenbergMarquardt:
     """Damping that falls where the quadratic model predicts well and rises where it does not.
 
@@ -157,6 +166,8 @@ def levenberg_marquardt(
             refused is tried again at once.
         decrease: what λ is divided by, at most, after a step: > 1.
         least, most: bounds of λ.
+        release: what λ is divided by, at most, after a step along which it is more than 4/5 of the curvature: one that it
+            alone has limited. At least `decrease`, its default.
 
     Raises `InputError` for numbers out of range. Source: Levenberg (1944), Marquardt (1963); the update is that of Nielsen,
     "Damping parameter in Marquardt's method" (1999).
@@ -168,9 +179,11 @@ def levenberg_marquardt(
         raise InputError(f"levenberg_marquardt: initial must be positive, got {initial}")
     if not decrease > 1:
         raise InputError(f"levenberg_marquardt: decrease must be above 1, got {decrease}")
+    if release is not None and not release >= decrease:
+        raise InputError(f"levenberg_marquardt: release must be at least decrease={decrease}, got {release}")
     if not 0 <= least <= most:
         raise InputError(f"levenberg_marquardt: need 0 <= least <= most, got {least} and {most}")
-    return LevenbergMarquardt(initial, decrease, least, most)
+    return LevenbergMarquardt(initial, decrease, least, most, release)
 
 
 def as_rule(what: str, damping: Any) -> Rule:

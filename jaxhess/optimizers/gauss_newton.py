@@ -28,13 +28,13 @@ from jaxhess.operators.functions import wide
 from jaxhess.operators.gauss_newton_full import GaussNewton
 from jaxhess.operators.iterative import iterative_solve
 from jaxhess.operators.jacobian import OutputJacobian
-from jaxhess.operators.preconditioner import block_preconditioner
 from jaxhess.operators.preconditioning import preconditioner_of
 from jaxhess.operators.reduction import Reduction
-from jaxhess.operators.vectors import like, norm, plus
-from jaxhess.optimizers.core import Direction, Method, Settings, transformation
+from jaxhess.operators.vectors import dtype_of, like, norm, plus
+from jaxhess.optimizers.core import transformation
 from jaxhess.optimizers.damping import Constant, TrustRadius, as_rule
-from jaxhess.optimizers.kronecker_factors import preconditioners_of
+from jaxhess.optimizers.kronecker_inverse import KroneckerInverse, averaged, no_factors, units_of
+from jaxhess.optimizers.method import Direction, Method, Settings
 from jaxhess.optimizers.products import LinearisedGaussNewton
 from jaxhess.optimizers.state import Optimizer, Wanted
 
@@ -105,7 +105,7 @@ class _Factored(NamedTuple):
 class _Iterated(NamedTuple):
     operator: Any
     decay: Array
-    preconditioners: list[Any] | None = None
+    preconditioner: KroneckerInverse | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,7 @@ class _GaussNewton(Method):
         del structure, count
         operator = curvature if hasattr(curvature, "in_structure") else curvature()
         if isinstance(operator, LinearisedGaussNewton):
-            known = [] if operator.blocks is None else preconditioners_of(operator.blocks)
-            return _Iterated(operator, decay, known), memory
+            return _Iterated(operator, decay, None if operator.blocks is None else _inverse(operator.blocks)), memory
         if not lx.is_positive_semidefinite(operator):
             raise InputError(
                 "gauss_newton: curvature must be positive semidefinite, as jaxhess.gauss_newton and jaxhess.fisher give it; "
@@ -167,13 +166,11 @@ class _GaussNewton(Method):
         shift = damping + prepared.decay
         right = jax.tree.map(lambda g, s: -g.astype(s.dtype), gradient, prepared.operator.in_structure())
         if isinstance(prepared, _Iterated):
-            if prepared.preconditioners is None:
+            preconditioner = None
+            if prepared.preconditioner is not None:
+                preconditioner = prepared.preconditioner.with_damping(shift)
+            elif not isinstance(prepared.operator, LinearisedGaussNewton):
                 preconditioner = preconditioner_of(prepared.operator, shift, asked=True)
-            else:
-                damped = [inverse.with_damping(shift) for inverse in prepared.preconditioners]
-                preconditioner = (
-                    block_preconditioner(jax.tree.unflatten(jax.tree.structure(right), damped)) if damped else None
-                )
             start = like(right, start) if jax.tree.leaves(start) else None
             step, info = iterative_solve(
                 prepared.operator, right, shift, method="cg", preconditioner=preconditioner, tolerance=self.tolerance,
@@ -205,6 +202,14 @@ class _GaussNewton(Method):
         structure = prepared.operator.in_structure()
         vector = jax.tree.map(lambda x, s: x.astype(s.dtype), vector, structure)
         return plus(prepared.operator.mv(vector), prepared.decay, vector)
+
+
+def _inverse(blocks: BlockDiagonal) -> KroneckerInverse:
+    """The inverse of the factors of these blocks alone."""
+    structure, units = blocks.in_structure(), units_of(blocks)
+    fresh = [no_factors(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(structure)]
+    factors = averaged(blocks, units, fresh, jnp.zeros(()))
+    return KroneckerInverse(factors, jnp.zeros((), dtype_of(structure)), units, structure)
 
 
 def _solver_at(reductions: list[Reduction], damping: Array) -> list[Any]:

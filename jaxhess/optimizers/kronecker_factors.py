@@ -9,7 +9,8 @@ For `(1/r) sum_ic b_ic kron(v_ic v_ic^T, z_i z_i^T)`, rows v of a Jacobian, by a
 two matrix products each; for other blocks by `nearest_kronecker`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,15 @@ import numpy as np
 
 from jaxhess._linalg import matmul, symmetrise
 from jaxhess._typing import Array
-from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.functions import wide
 from jaxhess.operators.gauss_newton import GaussNewtonBlock
+from jaxhess.operators.kronecker import KroneckerProductSum
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.nearest import nearest_kronecker
-from jaxhess.operators.paths import naming
-from jaxhess.operators.preconditioner import KroneckerPreconditioner, kronecker_preconditioner
 
-__all__ = ["factors_of", "layout_of", "preconditioners_of"]
+__all__ = ["Nearest", "bias_side", "factors_of", "layout_of"]
 
-_ROUNDS = 3
+_ROUNDS = 1
 _MOST_NUMBERS = 2**27  # of the gradients of outputs
 
 
@@ -37,33 +36,54 @@ def layout_of(shape: tuple[int, ...]) -> Layout:
     return Layout(shape, shape, axes[-1:], axes[:-1]) if len(shape) > 2 else Layout(shape, shape, axes[:1], axes[1:])
 
 
-def factors_of(block: Any) -> tuple[Array, Array]:
-    """A (m, m) and B (n, n) of the product nearest to a block, in the layout of `layout_of`."""
+class Nearest(NamedTuple):
+    """A (m, m) and B (n, n) of the product nearest to a block, and `exact`: of U (m, k) and V (n, l) the diagonal
+    `(u_k ⊗ v_l)^T H (u_k ⊗ v_l)` (k, l) of H itself, or None where that costs more than the factors do."""
+
+    A: Array
+    B: Array
+    exact: Callable[[Array, Array], Array] | None = None
+
+    def swapped(self) -> "Nearest":
+        """Of the transposed parameter."""
+        exact = self.exact
+        return Nearest(self.B, self.A, None if exact is None else lambda U, V: exact(V, U).T)
+
+
+def factors_of(block: Any, with_bias: bool = False) -> Nearest:
+    """The factors in the layout of `layout_of`; `with_bias` of [W b] in the layer's own one, of `bias_side`."""
     block = wide(block)
     layout = layout_of(block.in_structure().shape)
-    if layout.n == 1:
-        return symmetrise(block.as_matrix()), jnp.ones((1, 1), block.in_structure().dtype)
+    if layout.n == 1 and not with_bias:
+        return Nearest(symmetrise(block.as_matrix()), jnp.ones((1, 1), block.in_structure().dtype))
     own = _own_layout(block) or layout
-    swapped = Layout(own.shape, own.sizes, own.columns, own.rows)
-    along_axes = _own_layout(block) is not None and (_same_order(own, layout) or _same_order(swapped, layout))
-    simple = isinstance(block, GaussNewtonBlock) and (block.curvature is None or block.curvature.ndim == 2)
-    if along_axes and simple:
-        A, B = _nearest_of_rows(block)
-        return (A, B) if _same_order(own, layout) else (B, A)
-    if isinstance(block, GaussNewtonBlock) and _has_few_gradients(block):
+    along_axes = _own_layout(block) is not None and _side(own, layout) is not None
+    if along_axes and _has_simple_rows(block):
+        found = _nearest_of_rows(block, with_bias)
+        return found if _side(own, layout) == 1 else found.swapped()
+    if isinstance(block, GaussNewtonBlock) and not with_bias and _has_few_gradients(block):
         return _nearest_of_gradients(block, layout)
-    found = nearest_kronecker(block, None if along_axes else layout).operator
-    return (found.A, found.B) if _same_order(found.layout, layout) else (found.B, found.A)
+    if with_bias:
+        assert isinstance(block, KroneckerProductSum)
+        Z = jnp.concatenate([block.Z, jnp.ones((len(block.Z), 1), block.Z.dtype)], axis=1)
+        joint = KroneckerProductSum(block.Q, Z, tags=block.tags)
+        operator = nearest_kronecker(joint).operator
+        found = Nearest(operator.A, operator.B, _diagonal_of_terms(joint))
+        return found if _side(own, layout) == 1 else found.swapped()
+    operator = nearest_kronecker(block, None if along_axes else layout).operator
+    exact = _diagonal_of_terms(block) if isinstance(block, KroneckerProductSum) and along_axes else None
+    found = Nearest(operator.A, operator.B, exact)
+    return found if _same_order(operator.layout, layout) else found.swapped()
 
 
-def preconditioners_of(blocks: BlockDiagonal) -> list[KroneckerPreconditioner]:
-    """`(A ⊗ B + λ)^-1` for each parameter, for a λ yet to be given."""
-    inverses = []
-    for path, block in blocks.items():
-        with naming(path):
-            A, B = factors_of(block)
-            inverses.append(kronecker_preconditioner(A, B, layout=layout_of(block.in_structure().shape)))
-    return inverses
+def bias_side(block: Any) -> int | None:
+    """Where a bias joins a weight that is read by `layout_of`: 1, as a further column; 0, as a further row, of a weight
+    stored (in, out); None where the two have no common factors."""
+    block = wide(block)
+    if not (isinstance(block, KroneckerProductSum) or _has_simple_rows(block)):
+        return None
+    own = _own_layout(block)
+    return None if own is None else _side(own, layout_of(block.in_structure().shape))
 
 
 def _own_layout(block: Any) -> Layout | None:
@@ -73,10 +93,13 @@ def _own_layout(block: Any) -> Layout | None:
     return getattr(block, "layout", None)
 
 
+def _has_simple_rows(block: Any) -> bool:
+    return isinstance(block, GaussNewtonBlock) and (block.curvature is None or block.curvature.ndim == 2)
+
+
 def _has_few_gradients(block: GaussNewtonBlock) -> bool:
     J = block.jacobian
-    simple = block.curvature is None or block.curvature.ndim == 2
-    return simple and J.examples * J.outputs * block.in_size() <= _MOST_NUMBERS
+    return _has_simple_rows(block) and J.examples * J.outputs * block.in_size() <= _MOST_NUMBERS
 
 
 def _same_order(a: Layout, b: Layout) -> bool:
@@ -90,13 +113,29 @@ def _same_order(a: Layout, b: Layout) -> bool:
     return (a.m, a.n) == (b.m, b.n) and bool(np.array_equal(read(a), read(b)))
 
 
-def _nearest_of_rows(block: GaussNewtonBlock) -> tuple[Array, Array]:
-    """A and B without the matrices Q of the examples."""
+def _side(own: Layout, layout: Layout) -> int | None:
+    """1 where a layer's own layout reads the matrix of `layout`, 0 where it reads its transpose, else None."""
+    swapped = Layout(own.shape, own.sizes, own.columns, own.rows)
+    return 1 if _same_order(own, layout) else 0 if _same_order(swapped, layout) else None
+
+
+def _diagonal_of_terms(terms: KroneckerProductSum) -> Callable[[Array, Array], Array]:
+    def exact(U: Array, V: Array) -> Array:
+        along = jnp.sum(matmul(terms.Q, U) * U[None], axis=1)
+        return matmul(along.T, matmul(terms.Z, V) ** 2) / len(terms.Z)
+
+    return exact
+
+
+def _nearest_of_rows(block: GaussNewtonBlock, with_bias: bool) -> Nearest:
+    """In the layer's own layout, without the matrices Q of the examples."""
     J = block.jacobian
     use = J.uses[0]
     r, M = J.examples, J.outputs
     assert use.inputs is not None
     V, Z = use.scale * use.rows.reshape(r, M, -1), use.inputs.reshape(r, -1)
+    if with_bias:
+        Z = jnp.concatenate([Z, jnp.ones((r, 1), Z.dtype)], axis=1)
     weights = jnp.ones((r, M), V.dtype) if block.curvature is None else block.curvature
     weights = block.factor * weights / r
 
@@ -109,13 +148,17 @@ def _nearest_of_rows(block: GaussNewtonBlock) -> tuple[Array, Array]:
         lengths = jnp.sum(weights * jnp.sum(matmul(V, A) * V, axis=2), axis=1)
         return symmetrise(matmul((lengths[:, None] * Z).T, Z))
 
+    def exact(U: Array, W: Array) -> Array:
+        along = jnp.sum(weights[:, :, None] * matmul(V, U) ** 2, axis=1)
+        return matmul(along.T, matmul(Z, W) ** 2)
+
     A = _unit(left(_unit(matmul(Z.T, Z))))
     for _ in range(_ROUNDS):
         A = _unit(left(_unit(right(A))))
-    return A, right(A)
+    return Nearest(A, right(A), exact)
 
 
-def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout) -> tuple[Array, Array]:
+def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout) -> Nearest:
     """A and B where a parameter meets several vectors of an example (along time, say): from the gradients G_ic (m, n) of the
     outputs themselves, `A = sum_ic b_ic G_ic B G_ic^T` and `B = sum_ic b_ic G_ic^T A G_ic`."""
     J = block.jacobian
@@ -133,10 +176,13 @@ def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout) -> tuple[Arra
         weighted = weights * matmul(jnp.swapaxes(G, 1, 2), A)
         return symmetrise(matmul(by_column, jnp.moveaxis(weighted, 1, 0).reshape(layout.n, -1).T))
 
+    def exact(U: Array, W: Array) -> Array:
+        return jnp.sum(weights * matmul(matmul(U.T, G), W) ** 2, axis=0)
+
     A = _unit(left(jnp.eye(layout.n, dtype=G.dtype) / layout.n**0.5))
     for _ in range(_ROUNDS):
         A = _unit(left(_unit(right(A))))
-    return A, right(A)
+    return Nearest(A, right(A), exact)
 
 
 def _unit(X: Array) -> Array:

@@ -1,10 +1,11 @@
-"""Newton's method with one Kronecker product for each parameter's block, for big layers and long runs.
+"""Newton's method with one Kronecker product for each layer's block, for big layers and long runs.
 
-    H ≈ A ⊗ B = (U ⊗ V) diag(a_i b_j) (U ⊗ V)^T         d = -U [ (U^T G V) / (|a_i b_j| + λ) ] V^T
+    H ≈ (U ⊗ V) diag(s) (U ⊗ V)^T       P g = U [ (U^T G V) / (|s| + γ) ] V^T       d ≈ -(C + λ)^-1 g
 
-A ⊗ B is the product nearest to the exact block (Van Loan and Pitsianis 1993), averaged over the run and computed anew every
-some steps only. Damping is added to the product itself, not to its factors. Learning rate and momentum come from the exact
-quadratic model, by products with the exact curvature.
+U and V are the eigenvectors of the product nearest to the exact block (Van Loan and Pitsianis 1993), averaged over the run
+and computed anew every some steps only, s the exact block's diagonal in them. P is the preconditioner of a few conjugate
+gradient iterations with the exact curvature C, in a space that has the last step too; with `max_iterations=1` learning rate
+and momentum are the minimum of the exact quadratic model (Martens and Grosse 2015, section 7).
 """
 
 import dataclasses
@@ -14,29 +15,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhess._linalg import matmul, symmetrise
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.block import BlockDiagonal
-from jaxhess.operators.paths import naming, paths_of
-from jaxhess.optimizers.core import Direction, Method, Settings, transformation
+from jaxhess.operators.paths import paths_of
+from jaxhess.optimizers.core import transformation
 from jaxhess.optimizers.damping import TrustRadius, as_rule, levenberg_marquardt
-from jaxhess.optimizers.kronecker_factors import factors_of, layout_of
+from jaxhess.optimizers.kronecker_factors import layout_of
+from jaxhess.optimizers.kronecker_inverse import (
+    Factors,
+    Unit,
+    averaged,
+    in_eigenvectors,
+    magnitudes,
+    no_factors,
+    units_of,
+)
+from jaxhess.optimizers.method import Direction, Method, Refinement, Settings
 from jaxhess.optimizers.state import Optimizer, Wanted
 
-__all__ = ["Factors", "kronecker_newton", "scale_by_kronecker_newton"]
+__all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
 
 _LARGEST = 8192  # side of a factor
-
-
-class Factors(NamedTuple):
-    """A (m, m) and B (n, n) of a parameter read as (m, n), with their eigenvalues and eigenvectors."""
-
-    left: Array
-    right: Array
-    left_values: Array
-    left_vectors: Array
-    right_values: Array
-    right_vectors: Array
+_ITERATIONS = 20
 
 
 class Memory(NamedTuple):
@@ -49,9 +49,10 @@ class Memory(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """The factors, and what is added to their product's eigenvalues; NaN where new factors were not finite."""
+    """The factors, and what is added to the eigenvalues; NaN where new factors were not finite."""
 
     factors: tuple[Factors, ...]
+    units: tuple[Unit, ...]
     decay: Array
 
 
@@ -64,42 +65,28 @@ class _KroneckerNewton(Method):
     def init(self, params: PyTree) -> PyTree:
         factors = []
         for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
-            m, n = _sides(jnp.shape(leaf))
-            if max(m, n) > _LARGEST:
+            layout = layout_of(jnp.shape(leaf))
+            if max(layout.m, layout.n) > _LARGEST:
                 raise InputError(
-                    f"kronecker_newton: {path!r} of shape {jnp.shape(leaf)} has factors of {m} and {n} rows, more than "
-                    f"{_LARGEST}; leave it to another optimizer, by optax.partition"
+                    f"kronecker_newton: {path!r} of shape {jnp.shape(leaf)} has factors of {layout.m} and {layout.n} rows, "
+                    f"more than {_LARGEST}; leave it to another optimizer, by optax.partition"
                 )
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            factors.append(
-                Factors(
-                    jnp.zeros((m, m), dtype), jnp.zeros((n, n), dtype), jnp.zeros(m, dtype), jnp.eye(m, dtype=dtype),
-                    jnp.zeros(n, dtype), jnp.eye(n, dtype=dtype),
-                )
-            )  # fmt: skip
+            factors.append(no_factors(jnp.shape(leaf), jnp.promote_types(leaf.dtype, jnp.float32)))
         return Memory(tuple(factors), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array, decay: Array) -> tuple[Any, PyTree]:
+        units = _units(curvature)
+
         def refreshed(memory: Memory) -> tuple[Memory, Array]:
-            operator = curvature if hasattr(curvature, "in_structure") else curvature()
-            if not isinstance(operator, BlockDiagonal):
-                raise InputError(
-                    f"kronecker_newton: curvature must have a block for each parameter, got a {type(operator).__name__}; "
-                    "use blocks='diagonal'"
-                )
             weight = jnp.minimum(1 - 1 / (memory.refreshed + 1.0), self.decay)
-            kept = []
-            for (path, block), old in zip(operator.items(), memory.factors, strict=True):
-                with naming(path):
-                    kept.append(_averaged(old, *factors_of(block), weight))
-            new = Memory(tuple(kept), memory.refreshed + 1, count)
+            new = Memory(averaged(_blocks(curvature), units, memory.factors, weight), memory.refreshed + 1, count)
             # What is not finite is not remembered, and asked for again at the next update.
             good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
             return jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), new, memory), good
 
         due = (memory.refreshed == 0) | (count - memory.last >= self.every)
         memory, good = jax.lax.cond(due, refreshed, lambda memory: (memory, jnp.ones((), bool)), memory)
-        return _Prepared(memory.factors, jnp.where(good, decay, jnp.nan)), memory
+        return _Prepared(memory.factors, units, jnp.where(good, decay, jnp.nan)), memory
 
     def solver(self, prepared: Any) -> str:
         return "Kronecker factors"
@@ -107,80 +94,75 @@ class _KroneckerNewton(Method):
     def direction(self, prepared: Any, gradient: PyTree, damping: Array, start: PyTree) -> Direction:
         del start
 
-        def solved(leaf: Array, factors: Factors) -> Array:
-            shifted = _magnitudes(factors, prepared.decay + damping)
-            return _in_eigenvectors(leaf, factors, lambda inner: -inner / jnp.where(shifted == 0, 1, shifted))
+        def solved(inner: Array, factors: Factors) -> Array:
+            shifted = magnitudes(factors, prepared.decay + damping)
+            return -inner / jnp.where(shifted == 0, 1, shifted)
 
-        step = _mapped(solved, gradient, prepared.factors)
+        step = in_eigenvectors(gradient, prepared.units, prepared.factors, solved)
         return Direction(step, damping, jnp.zeros((), jnp.int32), jnp.full_like(damping, jnp.nan))
 
     def product(self, prepared: Any, vector: PyTree) -> PyTree:
-        def times(leaf: Array, factors: Factors) -> Array:
-            return _in_eigenvectors(leaf, factors, lambda inner: _magnitudes(factors, prepared.decay) * inner)
+        def times(inner: Array, factors: Factors) -> Array:
+            return magnitudes(factors, prepared.decay) * inner
 
-        return _mapped(times, vector, prepared.factors)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(m, n) of a parameter: a vector is all rows; of more than two axes the last one is the rows."""
-    layout = layout_of(shape)
-    return layout.m, layout.n
+        return in_eigenvectors(vector, prepared.units, prepared.factors, times)
 
 
-def _averaged(old: Factors, A: Array, B: Array, weight: Array) -> Factors:
-    """The running mean of factors of equal norm, decomposed."""
-    a, b = jnp.linalg.norm(A), jnp.linalg.norm(B)
-    share = jnp.sqrt(jnp.where((a > 0) & (b > 0), b / jnp.where(a > 0, a, 1), 1))
-    A, B = share * A, B / share
-    weight = weight.astype(A.dtype)
-    left = symmetrise(weight * old.left + (1 - weight) * A)
-    right = symmetrise(weight * old.right + (1 - weight) * B)
-    (left_values, left_vectors), (right_values, right_vectors) = jnp.linalg.eigh(left), jnp.linalg.eigh(right)
-    return Factors(left, right, left_values, left_vectors, right_values, right_vectors)
+def _blocks(curvature: Any) -> BlockDiagonal:
+    operator = curvature if hasattr(curvature, "in_structure") else curvature()
+    if not isinstance(operator, BlockDiagonal):
+        raise InputError(
+            f"kronecker_newton: curvature must have a block for each parameter, got a {type(operator).__name__}; "
+            "use blocks='diagonal'"
+        )
+    return operator
 
 
-def _magnitudes(factors: Factors, added: Array) -> Array:
-    """|a_i b_j| + λ, (m, n)."""
-    magnitudes = jnp.abs(jnp.outer(factors.left_values, factors.right_values))
-    return magnitudes + added.astype(magnitudes.dtype)
+def _units(curvature: Any) -> tuple[Unit, ...]:
+    """Which weights and biases are of one layer, without computing the curvature."""
+    found: list[tuple[Unit, ...]] = []
 
+    def trace() -> None:
+        found.append(units_of(_blocks(curvature)))
 
-def _in_eigenvectors(leaf: Array, factors: Factors, function: Any) -> Array:
-    layout, U, V = layout_of(leaf.shape), factors.left_vectors, factors.right_vectors
-    inner = function(matmul(matmul(U.T, layout.to_matrix(leaf).astype(U.dtype)), V))
-    return layout.from_matrix(matmul(matmul(U, inner), V.T)).astype(leaf.dtype)
-
-
-def _mapped(function: Any, tree: PyTree, prepared: tuple[Factors, ...]) -> PyTree:
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, [function(leaf, factors) for leaf, factors in zip(leaves, prepared, strict=True)])
+    jax.eval_shape(trace)
+    return found[0]
 
 
 def scale_by_kronecker_newton(
     *,
     every: int = 10,
-    decay: float = 0.95,
+    decay: float = 0.8,
     damping: Any = "levenberg_marquardt",
     learning_rate: Any = "exact",
     momentum: Any = "exact",
     weight_decay: Any = None,
+    max_iterations: int | None = None,
+    progress: float = 0.1,
     max_attempts: int = 4,
     max_failures: int = 10,
 ) -> Optimizer:
-    """Gradients scaled by the inverse of the nearest Kronecker product of each parameter's exact block.
+    """Gradients scaled by the inverse of the nearest Kronecker product of each layer's exact block, and conjugate gradients
+    with the exact curvature that it is the preconditioner of.
 
     `update(grads, state, params, curvature=C, product=P, value=E, value_fn=f)`: C is an operator with a block for each
     parameter, a `BlockDiagonal` of `jaxhess.hessian`, `jaxhess.gauss_newton` or `jaxhess.fisher`; or, since it is asked for
-    every some steps only, a function without arguments that gives one. P multiplies vectors with the curvature whose
-    quadratic model gives learning rate and momentum, by default with the Kronecker product itself.
+    every some steps only, a function without arguments that gives one. P, a function or an operator, multiplies vectors with
+    the curvature of the quadratic model, by default with the Kronecker product itself.
 
     Args:
         every: how many updates the factors are kept for, >= 1.
         decay: of the running mean of factors, in [0, 1); the first ones count equally.
+        max_iterations, progress: conjugate gradient iterations, a product with P each, stop at that number (20), or after
+            one that lowers the quadratic model by less than the share `progress` of all. They start beside the last step,
+            so that momentum is a part of them; 1 is the minimum over learning rate and momentum alone, with no product but
+            two passes forward. They want learning_rate="exact" and momentum="exact"; with others there are none.
         damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`.
 
     Matrices (m, n) have factors of m and n rows, vectors one of all their rows, arrays of more axes one for the last axis
-    and one for all others together.
+    and one for all others together. A bias that is added to the product with a weight, and used nowhere else, shares the
+    factors of the weight (`BlockDiagonal.layers`). `info.learning_rate` is the length of the first iteration's step,
+    `info.momentum` the factor of the last step that it begins with.
 
     Raises as `scale_by_newton` does, and `InputError`, by path, for a parameter of more than 8192 rows on a side.
 
@@ -203,12 +185,22 @@ def scale_by_kronecker_newton(
         raise InputError(f"kronecker_newton: every must be a whole number >= 1, got {every}")
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise InputError(f"kronecker_newton: decay must be in [0, 1), got {decay}")
-    # With an exact learning rate the model is always right about how far to go, so damping falls slowly only.
+    if max_iterations is not None and not (isinstance(max_iterations, int) and max_iterations >= 1):
+        raise InputError(f"kronecker_newton: max_iterations must be a whole number of at least 1, got {max_iterations}")
+    if isinstance(progress, int | float) and not 0 <= progress < 1:
+        raise InputError(f"kronecker_newton: progress must be in [0, 1), got {progress}")
+    # With an exact learning rate the model is always right about how far to go, so damping falls slowly, but where nothing
+    # else limits the step.
     slow = isinstance(damping, str) and damping == "levenberg_marquardt"
-    rule = levenberg_marquardt(0.1, decrease=1.1) if slow else as_rule("kronecker_newton", damping)
+    rule = levenberg_marquardt(1.0, decrease=1.07, release=2.0) if slow else as_rule("kronecker_newton", damping)
     if isinstance(rule, TrustRadius):
         raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
-    settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)
+    exact = isinstance(learning_rate, str) and isinstance(momentum, str)
+    most = _ITERATIONS if max_iterations is None else max_iterations
+    refinement = Refinement(most, progress) if exact and most > 1 else None
+    settings = Settings(
+        rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5, refinement=refinement
+    )
     settings = settings.checked("kronecker_newton")
     made = transformation(_KroneckerNewton(every, decay), settings)
     return Optimizer.of(made, Wanted("either", "diagonal", sampled=True))
@@ -217,11 +209,13 @@ def scale_by_kronecker_newton(
 def kronecker_newton(
     *,
     every: int = 10,
-    decay: float = 0.95,
+    decay: float = 0.8,
     damping: Any = "levenberg_marquardt",
     learning_rate: Any = "exact",
     momentum: Any = "exact",
     weight_decay: Any = None,
+    max_iterations: int | None = None,
+    progress: float = 0.1,
     max_attempts: int = 4,
     max_failures: int = 10,
 ) -> Optimizer:
@@ -239,13 +233,13 @@ def kronecker_newton(
     >>> optimizer = optimizers.kronecker_newton(every=2)
     >>> train = optimizers.step((model, jaxhess.losses.squared_error), optimizer)
     >>> state = optimizer.init(params)
-    >>> for _ in range(12):
+    >>> for _ in range(30):
     ...     params, state, metrics = train(params, state, xs, targets)
     >>> bool(metrics.loss < 1e-6)
     True
     """
     scaled = scale_by_kronecker_newton(
         every=every, decay=decay, damping=damping, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay,
-        max_attempts=max_attempts, max_failures=max_failures,
+        max_iterations=max_iterations, progress=progress, max_attempts=max_attempts, max_failures=max_failures,
     )  # fmt: skip
     return Optimizer.of(optax.chain(scaled, optax.scale(-1.0)), scaled.wanted)

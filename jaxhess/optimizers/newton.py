@@ -26,9 +26,10 @@ from jaxhess.operators.functions import wide
 from jaxhess.operators.paths import naming
 from jaxhess.operators.reduction import Reduction, Whole
 from jaxhess.operators.vectors import like
-from jaxhess.optimizers.core import Direction, Method, Settings, transformation
+from jaxhess.optimizers.core import transformation
 from jaxhess.optimizers.damping import TrustRadius, as_rule
 from jaxhess.optimizers.masking import kept_entries
+from jaxhess.optimizers.method import Direction, Method, Settings
 from jaxhess.optimizers.state import Optimizer, Wanted
 from jaxhess.optimizers.trust_region import minimum_in_ball
 

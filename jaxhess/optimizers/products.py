@@ -1,24 +1,25 @@
 """Gauss-Newton matrices by products alone, for networks with more outputs and parameters than can be factored.
 
     G v = (1/r) sum_i J_i^T B_i J_i v           linearised once: a pass forward and a pass backward for each product
+    u^T G v = (1/r) sum_i (J_i u)^T B_i J_i v   a pass forward
 
 What `jaxhess.gauss_newton` holds, V = d(output)/dy of every layer, is M times as much as the pass itself reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from jaxhess._linalg import widened
+from jaxhess._linalg import matmul, widened
 from jaxhess._typing import Array, PyTree
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.preconditioner import register_semidefinite
 from jaxhess.operators.vectors import dtype_of
 
-__all__ = ["LinearisedGaussNewton", "linearised_gauss_newton"]
+__all__ = ["LinearisedGaussNewton", "value_grad_and_linearised"]
 
 
 class LinearisedGaussNewton(lx.AbstractLinearOperator):
@@ -32,10 +33,21 @@ class LinearisedGaussNewton(lx.AbstractLinearOperator):
     blocks: BlockDiagonal | None
 
     def mv(self, vector: PyTree) -> PyTree:
+        return self.pulled(self.curve(self.push(vector)))
+
+    def pulled(self, cotangents: PyTree) -> PyTree:
+        """(1/r) J^T u."""
         structure = self.in_structure()
-        pull = jax.linear_transpose(self.push, structure)
-        (product,) = pull(self.curve(self.push(vector)))
+        (product,) = jax.linear_transpose(self.push, structure)(cotangents)
         return jax.tree.map(lambda x, s: (self.scale * x).astype(s.dtype), product, structure)
+
+    def forms(self, vectors: Sequence[PyTree]) -> Array:
+        """u_i^T G u_j for all pairs of some vectors, (k, k)."""
+        pushed = jax.vmap(self.push)(jax.tree.map(lambda *parts: jnp.stack(parts), *vectors))
+        rows = [(x.reshape(len(x), -1), y.reshape(len(y), -1)) for x, y in _pairs(pushed, jax.vmap(self.curve)(pushed))]
+        parts = [matmul(x, y.T).astype(self.scale.dtype) for x, y in rows]
+        total = sum(parts, start=jnp.zeros_like(parts[0]))
+        return self.scale * (total + total.T) / 2
 
     def as_matrix(self) -> Array:
         """Not formed; `jaxhess.gauss_newton` gives an operator that can be."""
@@ -51,24 +63,34 @@ class LinearisedGaussNewton(lx.AbstractLinearOperator):
         return self.in_structure()
 
 
-def linearised_gauss_newton(
+def value_grad_and_linearised(
     model: Callable[..., Any], loss: Callable[..., Array], params: PyTree, xs: PyTree, *targets: PyTree,
     blocks: BlockDiagonal | None = None,
-) -> LinearisedGaussNewton:  # fmt: skip
-    """The Gauss-Newton matrix of the mean loss at `params`, for products."""
+) -> tuple[Array, PyTree, LinearisedGaussNewton]:  # fmt: skip
+    """The mean loss at `params`, its gradient, and the Gauss-Newton matrix for products, by one pass through the network."""
     wide = jax.tree.map(widened, params)
 
     def outputs(wide: PyTree) -> PyTree:
         return jax.vmap(model, (None, 0))(jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params), xs)
 
-    def slope(outputs: PyTree) -> PyTree:
-        return jax.grad(lambda outputs: jnp.sum(jax.vmap(loss)(outputs, *targets)))(outputs)
+    def slope(outputs: PyTree) -> tuple[PyTree, Array]:
+        def total(outputs: PyTree) -> tuple[Array, Array]:
+            losses = jax.vmap(loss)(outputs, *targets)
+            return jnp.sum(losses), jnp.mean(losses)
+
+        return jax.grad(total, has_aux=True)(outputs)
 
     at, push = jax.linearize(outputs, wide)
-    _, curve = jax.linearize(slope, at)
+    slopes, curve, value = jax.linearize(slope, at, has_aux=True)
     examples = jax.tree.leaves(xs)[0].shape[0]
     scale = jnp.asarray(1 / examples, dtype_of(wide))
-    return LinearisedGaussNewton(push, curve, scale, wide, blocks)
+    operator = LinearisedGaussNewton(push, curve, scale, wide, blocks)
+    gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), operator.pulled(slopes), params)
+    return value, gradient, operator
+
+
+def _pairs(a: PyTree, b: PyTree) -> list[tuple[Array, Array]]:
+    return list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 register_semidefinite(LinearisedGaussNewton)

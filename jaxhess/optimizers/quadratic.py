@@ -1,62 +1,112 @@
-"""Learning rate and momentum from the quadratic model itself.
+"""The quadratic model of the error, over few vectors: learning rate and momentum are its minimum.
 
-For a direction d and the last step v, the minimum of m(s) = g^T s + s^T (C + λ) s / 2 over s = α d + μ v:
+    m(s) = g^T s + s^T (C + λ) s / 2
+
+For a direction d and the last step v, the minimum over s = α d + μ v:
 
     [d^T C d   d^T C v] [α]      [d^T g]
     [d^T C v   v^T C v] [μ]  = - [v^T g]           C + λ in the place of C
 
-(Martens and Grosse 2015, section 7). Where v is zero, or along d, α alone is chosen.
+(Martens and Grosse 2015, section 7). Where v is zero, or along d, α alone is chosen. Of C the numbers s_i^T C s_j are all
+that is needed: for a Gauss-Newton matrix (J s_i)^T B (J s_j), a pass forward and none backward.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from jaxhess._linalg import matmul
 from jaxhess._typing import Array, PyTree
-from jaxhess.operators.vectors import dot, plus, times
+from jaxhess.operators.vectors import dot, dtype_of, plus, times
 
-__all__ = ["Combination", "best_combination", "best_length"]
+__all__ = ["Combination", "Quadratic", "Restricted", "best_combination", "best_length", "combination_of"]
+
+
+class Restricted(NamedTuple):
+    """The model over the combinations of k vectors: `forms` s_i^T C s_j and `inner` s_i^T s_j (k, k), `slopes` g^T s_i."""
+
+    forms: Array
+    inner: Array
+    slopes: Array
+
+    def part(self, places: Any) -> "Restricted":
+        """Over some of the vectors."""
+        places = jnp.asarray(places)
+        rows, columns = places[:, None], places[None, :]
+        return Restricted(self.forms[rows, columns], self.inner[rows, columns], self.slopes[places])
+
+    def gain(self, coefficients: Array, damping: Array) -> Array:
+        """What the model falls by, damping included."""
+        damped = self.forms + damping * self.inner
+        return -(self.slopes @ coefficients + coefficients @ damped @ coefficients / 2)
+
+
+class Quadratic(NamedTuple):
+    """The model: the gradient, `multiply` for C, and `forms` for all s_i^T C s_j of some vectors where there is a shorter
+    way to them than products."""
+
+    gradient: PyTree
+    multiply: Callable[[PyTree], PyTree]
+    forms: Callable[[Sequence[PyTree]], Array] | None = None
+
+    def restricted(self, vectors: Sequence[PyTree]) -> Restricted:
+        """To the combinations of these vectors."""
+        rows = _rows(vectors)
+        if self.forms is None:
+            forms = _pairs(rows, _rows([self.multiply(vector) for vector in vectors]))
+            forms = (forms + forms.T) / 2
+        else:
+            forms = self.forms(vectors).astype(rows[0].dtype)
+        return Restricted(forms, _pairs(rows, rows), jnp.stack([dot(self.gradient, vector) for vector in vectors]))
 
 
 class Combination(NamedTuple):
-    """`step` = `learning_rate` d + `momentum` v, and C times it."""
+    """`step` s = `learning_rate` d + `momentum` v, and s^T C s."""
 
     step: PyTree
-    product: PyTree
+    curved: Array
     learning_rate: Array
     momentum: Array
 
 
-def best_length(
-    gradient: PyTree, direction: PyTree, product: PyTree, damping: Array, previous: PyTree | None, momentum: Array
-) -> Combination:
-    """α d, with the α that minimises the model, plus a given μ v; `product` is C d. The product is of α d alone."""
-    curved = dot(direction, product) + damping * dot(direction, direction)
-    length = jnp.where(curved > 0, -dot(gradient, direction) / jnp.where(curved > 0, curved, 1), 1)
-    step = times(length, direction)
-    if previous is not None:
-        step = plus(step, momentum, previous)
-    return Combination(step, times(length, product), length, momentum)
+def best_length(model: Restricted, damping: Array, momentum: Any = 0.0) -> Array:
+    """(α, μ) with the α that minimises the model along d alone, beside a given μ; (α,) without v."""
+    curved = model.forms[0, 0] + damping * model.inner[0, 0]
+    length = jnp.where(curved > 0, -model.slopes[0] / jnp.where(curved > 0, curved, 1), 1)
+    return jnp.stack([length, jnp.asarray(momentum, length.dtype)][: len(model.slopes)])
 
 
-def best_combination(
-    gradient: PyTree, direction: PyTree, product: PyTree, previous: PyTree, previous_product: PyTree, damping: Array
-) -> Combination:
-    """α d + μ v with the α and μ that minimise the model; `product` is C d and `previous_product` C v."""
-    a = dot(direction, product) + damping * dot(direction, direction)
-    b = dot(direction, previous_product) + damping * dot(direction, previous)
-    c = dot(previous, previous_product) + damping * dot(previous, previous)
-    p, q = -dot(gradient, direction), -dot(gradient, previous)
+def best_combination(model: Restricted, damping: Array) -> Array:
+    """(α, μ) that minimise the model over α d + μ v."""
+    damped = model.forms + damping * model.inner
+    a, b, c = damped[0, 0], damped[0, 1], damped[1, 1]
+    p, q = -model.slopes[0], -model.slopes[1]
     # Up to rounding, d and v lie apart where the determinant is a part of what it is made of.
     determinant = a * c - b * b
     apart = (a > 0) & (c > 0) & (determinant > 1e3 * jnp.finfo(a.dtype).eps * a * c)
     safe = jnp.where(apart, determinant, 1)
     alone = jnp.where(a > 0, p / jnp.where(a > 0, a, 1), 1)
-    length = jnp.where(apart, (c * p - b * q) / safe, alone)
-    momentum = jnp.where(apart, (a * q - b * p) / safe, 0)
-    return Combination(
-        plus(times(length, direction), momentum, previous),
-        plus(times(length, product), momentum, previous_product),
-        length,
-        momentum,
-    )
+    return jnp.stack([jnp.where(apart, (c * p - b * q) / safe, alone), jnp.where(apart, (a * q - b * p) / safe, 0)])
+
+
+def combination_of(vectors: Sequence[PyTree], model: Restricted, coefficients: Array) -> Combination:
+    """The combination of d and, if there are two vectors, v; `model` is restricted to these."""
+    step = times(coefficients[0], vectors[0])
+    for vector, coefficient in zip(vectors[1:], coefficients[1:], strict=True):
+        step = plus(step, coefficient, vector)
+    momentum = coefficients[1] if len(vectors) > 1 else jnp.zeros_like(coefficients[0])
+    return Combination(step, coefficients @ model.forms @ coefficients, coefficients[0], momentum)
+
+
+def _rows(vectors: Sequence[PyTree]) -> list[Array]:
+    """For each leaf, the vectors' as rows, in the widest dtype."""
+    dtype = dtype_of(vectors[0])
+    leaves = zip(*map(jax.tree.leaves, vectors), strict=True)
+    return [jnp.stack([part.reshape(-1) for part in parts]).astype(dtype) for parts in leaves]
+
+
+def _pairs(a: list[Array], b: list[Array]) -> Array:
+    total = [matmul(x, y.T) for x, y in zip(a, b, strict=True)]
+    return sum(total, start=jnp.zeros((len(a[0]), len(b[0])), a[0].dtype))

@@ -34,8 +34,7 @@ def sampled_curvature(
 
     known = jax.eval_shape(gauss_newton(model, loss, blocks="full"), params, xs, *targets).curvature
     if known is not None and known.ndim == 3:
-        values, vectors = jnp.linalg.eigh(jax.vmap(jax.jacfwd(slope))(flat, *targets))
-        directions = jnp.einsum("rij,rj,rj->ri", vectors, jnp.sqrt(jnp.maximum(values, 0)), signs)
+        directions = _times_root(jax.vmap(jax.jacfwd(slope))(flat, *targets), signs)
     else:  # B is diagonal: its product with ones
         _, diagonal = jax.jvp(lambda flat: jax.vmap(slope)(flat, *targets), (flat,), (jnp.ones_like(flat),))
         directions = jnp.sqrt(jnp.maximum(diagonal, 0)) * signs
@@ -44,3 +43,21 @@ def sampled_curvature(
         return jnp.vdot(direction, ravel_pytree(model(params, x))[0])
 
     return fisher(along)(params, xs, directions)
+
+
+def _times_root(B: Array, signs: Array) -> Array:
+    """L ε for the Cholesky factors of semidefinite B_i = L L^T (r, M, M), of which a pivot that is zero up to rounding, as
+    one of softmax is, has a column of zeros."""
+    diagonals = jnp.diagonal(B, axis1=1, axis2=2)
+    floor = B.shape[1] * jnp.finfo(B.dtype).eps * jnp.max(diagonals, axis=1)
+
+    def eliminated(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, total = carry
+        column = jax.lax.dynamic_index_in_dim(left, j, axis=2, keepdims=False)
+        pivot = jax.lax.dynamic_index_in_dim(column, j, axis=1, keepdims=False)
+        good = pivot > floor
+        column = column * jnp.where(good, jax.lax.rsqrt(jnp.where(good, pivot, 1)), 0)[:, None]
+        sign = jax.lax.dynamic_index_in_dim(signs, j, axis=1)
+        return left - column[:, :, None] * column[:, None, :], total + sign * column
+
+    return jax.lax.fori_loop(0, B.shape[1], eliminated, (B, jnp.zeros_like(signs)))[1]

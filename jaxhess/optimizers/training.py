@@ -11,7 +11,7 @@ import optax
 
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.optimizers.gauss_newton import choose_solver
-from jaxhess.optimizers.products import linearised_gauss_newton
+from jaxhess.optimizers.products import value_grad_and_linearised
 from jaxhess.optimizers.sampling import sampled_curvature
 from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, find_state
 from jaxhess.transforms import gauss_newton, gauss_newton_vp, hessian, hvp, linearized_hvp, value_grad_and_hessian
@@ -113,23 +113,21 @@ def step(
             evaluate: Any = value_grad_and_hessian
             value, gradient, H = evaluate(error, blocks=wanted.blocks, batch_size=batch_size)(params, *batch)
             return value, gradient, {"curvature": H}
-        value, gradient = jax.value_and_grad(mean)(params, *batch)
+        key = jax.random.fold_in(jax.random.key(0), count)
         if wanted.sampled:
-            key = jax.random.fold_in(jax.random.key(0), count)
             made = functools.partial(sampled_curvature, model, loss, params, *batch, key=key)
             if batch_size is None:
-                return (
-                    value,
-                    gradient,
-                    {"curvature": made, "product": linearised_gauss_newton(model, loss, params, *batch).mv},
-                )
+                value, gradient, operator = value_grad_and_linearised(model, loss, params, *batch)
+                return value, gradient, {"curvature": made, "product": operator}
             product = gauss_newton_vp(model, loss, batch_size=batch_size)
+            value, gradient = jax.value_and_grad(mean)(params, *batch)
             return value, gradient, {"curvature": made, "product": lambda v: product(params, v, *batch)}
         evaluate = gauss_newton(model, loss, blocks=wanted.blocks, batch_size=batch_size)
         if wanted.blocks == "full" and _by_products(wanted, evaluate, params, *batch):
-            key = jax.random.fold_in(jax.random.key(0), count)
             blocks_of = sampled_curvature(model, loss, params, *batch, key=key)
-            return value, gradient, {"curvature": linearised_gauss_newton(model, loss, params, *batch, blocks=blocks_of)}
+            value, gradient, operator = value_grad_and_linearised(model, loss, params, *batch, blocks=blocks_of)
+            return value, gradient, {"curvature": operator}
+        value, gradient = jax.value_and_grad(mean)(params, *batch)
         return value, gradient, {"curvature": evaluate(params, *batch)}
 
     @eqx.filter_jit  # whose errors are those that were raised, where jax.jit's are callbacks that failed

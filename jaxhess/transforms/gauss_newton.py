@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.engine.convex import check_convex
 from jaxhess.engine.custom import check_custom_derivatives
+from jaxhess.engine.full import layers_of
 from jaxhess.engine.gauss_newton import Case, blocks_of, diagonals_of, jacobians_of, product_of
 from jaxhess.engine.jacobian import head_of
 from jaxhess.operators import BlockDiagonal
@@ -195,7 +196,8 @@ def _evaluate(
             jacobians, curvature = jacobians_of(case)
             return Shared(GaussNewton(jax.tree.unflatten(given.structure, jacobians), curvature))
         if what == "diagonal":
-            return Shared(BlockDiagonal(jax.tree.unflatten(given.structure, blocks_of(case))))
+            blocks = jax.tree.unflatten(given.structure, blocks_of(case))
+            return Shared(BlockDiagonal(blocks, layers=layers_of(given.plan)))
         if what == "entries":
             return Shared(jax.tree.unflatten(given.structure, diagonals_of(case)))
         vectors = [jnp.asarray(v) for v in jax.tree.leaves(vector)]

@@ -16,6 +16,7 @@ from jaxhess._typing import Array, PyTree
 from jaxhess.engine.assemble import block, factored, structured_gradients
 from jaxhess.engine.batch import sweep_batch
 from jaxhess.engine.custom import check_custom_derivatives
+from jaxhess.engine.full import layers_of
 from jaxhess.engine.parameters import own_curvature, parameter_gradients, shares_parameter
 from jaxhess.operators import BlockDiagonal, FullHessian
 from jaxhess.transforms.checks import Error, Shared, check_batch_size, check_option, hashable
@@ -212,5 +213,5 @@ def _evaluate(
         operators = [
             block(plan, result, environment, root, own.get((n, n)), weights) for n, root in enumerate(plan.parameters)
         ]
-        hessian = BlockDiagonal(jax.tree.unflatten(given.structure, operators))
+        hessian = BlockDiagonal(jax.tree.unflatten(given.structure, operators), layers=layers_of(plan))
         return Shared(_Result(result.value, gradient, hessian))

@@ -13,6 +13,7 @@ from jaxhess.optimizers import TrustRadius, constant, levenberg_marquardt, newto
 from jaxhess.optimizers.damping import as_rule
 
 RATIOS = [-3.0, 0.0, 0.1, 0.25, 0.5, 0.8, 1.0, 1.3, 40.0, np.inf]
+HALF = jnp.asarray(0.5)
 LENGTH = jnp.asarray(1.0)
 
 
@@ -22,25 +23,40 @@ def test_levenberg_marquardt_is_nielsens_rule():
     assert (control.damping, control.growth) == (0.5, 2.0)
     for ratio in RATIOS:
         factor = np.clip(1 - (2 * np.clip(ratio, -1, 2) - 1) ** 3, 1 / 3, 2)
-        taken = rule.taken(control._replace(growth=jnp.asarray(16.0)), jnp.asarray(ratio), LENGTH)
+        taken = rule.taken(control._replace(growth=jnp.asarray(16.0)), jnp.asarray(ratio), LENGTH, HALF)
         np.testing.assert_allclose(taken.damping, 0.5 * factor, rtol=1e-12)
         assert taken.growth == 2
-    np.testing.assert_allclose(rule.taken(control, jnp.asarray(0.8), LENGTH).damping, 0.5 * (1 - 0.6**3), rtol=1e-12)
+    np.testing.assert_allclose(rule.taken(control, jnp.asarray(0.8), LENGTH, HALF).damping, 0.5 * (1 - 0.6**3), rtol=1e-12)
     # Refused: by 2, 4, 8, 16 and no more; after a step that is taken from 2 again.
     expected = 0.5
     for growth in (2, 4, 8, 16, 16):
         assert control.growth == growth
         control, expected = rule.refused(control, LENGTH), expected * growth
         assert control.damping == expected
-    control = rule.taken(control, jnp.asarray(0.5), LENGTH)
+    control = rule.taken(control, jnp.asarray(0.5), LENGTH, HALF)
     assert rule.refused(control, LENGTH).damping == 2 * control.damping
+
+
+def test_damping_that_is_most_of_the_curvature_falls_faster():
+    rule = levenberg_marquardt(0.5, decrease=1.2, release=2.0)
+    control = rule.start(jnp.float64)
+    for ratio, share, factor in (
+        (1.0, 0.79, 1 / 1.2), (1.0, 0.81, 1 / 2), (0.9, 0.9, 1 / 2), (0.9, 0.1, 1 / 1.2),
+        (0.8, 0.9, 1 - 0.6**3), (0.2, 0.9, 1 + 0.6**3),
+    ):  # fmt: skip
+        found = rule.taken(control, jnp.asarray(ratio), LENGTH, jnp.asarray(share)).damping
+        np.testing.assert_allclose(found, 0.5 * factor, rtol=1e-12)
+    same = levenberg_marquardt(0.5, decrease=1.2).taken(control, jnp.asarray(1.0), LENGTH, jnp.asarray(0.9))
+    np.testing.assert_allclose(same.damping, 0.5 / 1.2, rtol=1e-12)
+    with pytest.raises(InputError, match="release must be at least decrease=3"):
+        levenberg_marquardt(release=2.0)
 
 
 def test_levenberg_marquardt_stays_in_its_bounds():
     rule = levenberg_marquardt(1.0, decrease=10.0, least=0.05, most=100.0)
     control = rule.start(jnp.float32)
     for _ in range(5):
-        control = rule.taken(control, jnp.asarray(1.0, jnp.float32), LENGTH)
+        control = rule.taken(control, jnp.asarray(1.0, jnp.float32), LENGTH, HALF)
     np.testing.assert_allclose(control.damping, 0.05, rtol=1e-6)
     for _ in range(60):
         control = rule.refused(control, LENGTH)
@@ -54,7 +70,7 @@ def test_trust_radius():
     control = rule.start(jnp.float64)
 
     def after(ratio, length):
-        return float(rule.taken(control, jnp.asarray(ratio), jnp.asarray(length)).damping)
+        return float(rule.taken(control, jnp.asarray(ratio), jnp.asarray(length), HALF).damping)
 
     assert after(0.9, 2.0) == 3.0  # twice as much, at most 3
     assert after(0.9, 1.0) == 2.0  # within the ball

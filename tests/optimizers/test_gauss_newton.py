@@ -14,7 +14,7 @@ from jaxhess._typing import InputError
 from jaxhess.operators import Dense
 from jaxhess.optimizers import choose_solver, scale_by_gauss_newton
 from jaxhess.optimizers import gauss_newton as alias
-from jaxhess.optimizers.products import linearised_gauss_newton
+from jaxhess.optimizers.products import value_grad_and_linearised
 
 DAMPING = 0.2
 NAMES = {
@@ -144,16 +144,18 @@ def test_warm_start(net, helpers):
 
 @functools.cache
 def linearised(net):
-    return jax.jit(functools.partial(linearised_gauss_newton, net.model, net.loss))(net.params, *net.batch)
+    return jax.jit(functools.partial(value_grad_and_linearised, net.model, net.loss))(net.params, *net.batch)
 
 
 def test_linearised_products(net, helpers):
     made = type(net)(3)  # whose 1/r is no power of two
-    L, D = linearised(made), made.dense_gauss_newton()
-    rng = np.random.default_rng(1)
-    for _ in range(2):
-        v = rng.normal(size=15)
+    (value, gradient, L), D = linearised(made), made.dense_gauss_newton()
+    helpers.close(value, made.value_and_gradient[0], 1e-12)
+    helpers.close(helpers.flat(gradient), made.gradient, 1e-12)
+    vectors = np.random.default_rng(1).normal(size=(3, 15))
+    for v in vectors:
         helpers.close(helpers.flat(L.mv(made.tree(v))), D @ v, 1e-12)
+    helpers.close(L.forms([made.tree(v) for v in vectors]), vectors @ D @ vectors.T, 1e-12)
     assert jax.tree.structure(L.in_structure()) == jax.tree.structure(made.params)
     s = -np.linalg.solve(D + DAMPING * np.eye(15), made.gradient)
     updates, state = run(scale_by_gauss_newton(damping=DAMPING, tolerance=1e-12), made, L)

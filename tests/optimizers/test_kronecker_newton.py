@@ -13,32 +13,51 @@ import jaxhess
 from jaxhess._typing import InputError
 from jaxhess.operators import BlockDiagonal, Dense, KroneckerProduct
 from jaxhess.optimizers import kronecker_newton, sampling, scale_by_kronecker_newton, step
-from jaxhess.optimizers.kronecker_factors import factors_of, preconditioners_of
+from jaxhess.optimizers.gauss_newton import _inverse as gauss_newton_inverse
+from jaxhess.optimizers.kronecker_factors import factors_of
+from jaxhess.optimizers.kronecker_inverse import Unit, averaged, no_factors, units_of
 
 DAMPING = 0.5
 
 
-def rows_first(array):
-    """Parameter entries as vec of (m, n): the last of more than two axes is the rows."""
-    return np.moveaxis(array, -1, 0).ravel() if array.ndim > 2 else array.ravel()
+def matrix_of(weight, bias, side):
+    """The matrix of a unit: of more than two axes the last is the rows; a border of zeros or the bias, but for vectors."""
+    weight = np.asarray(weight)
+    if weight.ndim < 2:
+        return weight.reshape(-1, 1)
+    flat = np.moveaxis(weight, -1, 0).reshape(weight.shape[-1], -1) if weight.ndim > 2 else weight
+    M = np.pad(flat, ((0, 1), (0, 1)))
+    if bias is not None:
+        where = (slice(-1), -1) if side else (-1, slice(-1))
+        M[where] = np.ravel(bias)
+    return M
 
 
-def back(flat, shape):
-    return np.moveaxis(flat.reshape(shape[-1], *shape[:-1]), 0, -1) if len(shape) > 2 else flat.reshape(shape)
+def dense(factors):
+    """The values and the vectors of a unit's approximation, in the order of its matrix's entries."""
+    return np.ravel(factors.values), np.kron(factors.left_vectors, factors.right_vectors)
 
 
-def dense_step(gradient, factors, damping):
-    """`-(|A ⊗ B| + λ)^-1 g` for one parameter."""
-    gradient = np.asarray(gradient)
-    values, vectors = np.linalg.eigh(np.kron(factors.left, factors.right))
-    g = vectors.T @ rows_first(gradient)
-    return back(vectors @ (-g / (np.abs(values) + damping)), gradient.shape)
+def applied(tree, units, factors, function):
+    """A tree with `function` of |values| applied to each unit by dense matrices."""
+    leaves, treedef = jax.tree.flatten(tree)
+    results = list(leaves)
+    for unit in units:
+        weight, bias = leaves[unit.weight], None if unit.bias is None else leaves[unit.bias]
+        M = matrix_of(weight, bias, unit.side)
+        values, vectors = dense(factors[unit.weight])
+        X = (vectors @ (function(np.abs(values)) * (vectors.T @ M.ravel()))).reshape(M.shape)
+        inner = X if np.ndim(weight) < 2 else X[:-1, :-1]
+        shape = np.shape(weight)
+        back = np.moveaxis(inner.reshape(shape[-1], *shape[:-1]), 0, -1) if len(shape) > 2 else inner.reshape(shape)
+        results[unit.weight] = back
+        if unit.bias is not None:
+            results[unit.bias] = (X[:-1, -1] if unit.side else X[-1, :-1]).reshape(np.shape(bias))
+    return jax.tree.unflatten(treedef, results)
 
 
-def dense_product(vector, factors):
-    vector = np.asarray(vector)
-    values, vectors = np.linalg.eigh(np.kron(factors.left, factors.right))
-    return back(vectors @ (np.abs(values) * (vectors.T @ rows_first(vector))), vector.shape)
+def alone(count):
+    return [Unit(n, None, 1) for n in range(count)]
 
 
 def total(a, b):
@@ -60,43 +79,57 @@ def test_the_step_is_that_of_the_dense_product(helpers):
     optimizer = scale_by_kronecker_newton(damping=DAMPING, learning_rate=1.0, momentum=0.0)
     updates, state = jax.jit(lambda g, s, H: optimizer.update(g, s, curvature=H))(grads, optimizer.init(grads), H)
     assert state.info.solver_name == "Kronecker factors"
-    factors = dict(zip(shapes, state.memory.factors, strict=True))
-    assert [f.left.shape[0] for f in factors.values()] == [1, 3, 2, 3]
-    assert [f.right.shape[0] for f in factors.values()] == [1, 1, 3, 4]
+    factors, units = state.memory.factors, alone(4)
+    assert [f.left.shape[0] for f in factors] == [1, 3, 3, 4]
+    assert [f.right.shape[0] for f in factors] == [1, 1, 4, 5]
+
+    def step(strength):
+        return applied(grads, units, factors, lambda values: -1 / (values + strength))
+
+    def curved(d):
+        return applied(d, units, factors, lambda values: values)
+
     # The damping of the inverse is that of three whose step the model likes best.
-    steps = {s: jax.tree.map(lambda g, f, s=s: dense_step(g, f, s), grads, factors) for s in (0.25, 0.5, 1.0)}
+    steps = {strength: step(strength) for strength in (0.25, 0.5, 1.0)}
 
     def gain(d):
-        curved = total(d, jax.tree.map(dense_product, d, factors)) + DAMPING * total(d, d)
-        return -(total(grads, d) + curved / 2)
+        return -(total(grads, d) + (total(d, curved(d)) + DAMPING * total(d, d)) / 2)
 
-    best = max(steps, key=lambda s: gain(steps[s]))
+    best = max(steps, key=lambda strength: gain(steps[strength]))
     np.testing.assert_allclose(state.control.strength, best)
     for name, leaf in steps[best].items():
         helpers.close(-updates[name], leaf)
-    predicted = -total(grads, steps[best]) - total(steps[best], jax.tree.map(dense_product, steps[best], factors)) / 2
-    helpers.close(state.info.predicted, predicted)
+    helpers.close(state.info.predicted, -total(grads, steps[best]) - total(steps[best], curved(steps[best])) / 2)
     # A scalar's and a vector's block is exact.
-    for name in "ab":
+    for n, name in enumerate("ab"):
         X = symmetric[name]
-        helpers.close(np.kron(factors[name].left, factors[name].right), X + X.T)
+        helpers.close(np.kron(factors[n].left, factors[n].right), X + X.T)
+
+
+def exact_update(net, previous=None, product=None, **options):
+    """One update with exact Gauss-Newton products: the state after it, and the step."""
+    G = jaxhess.gauss_newton(net.model, net.loss, blocks="full")(net.params, *net.batch)
+    optimizer, grads = scale_by_kronecker_newton(damping=DAMPING, **options), net.value_and_gradient[1]
+
+    @jax.jit
+    def update(state, blocks, G):
+        by = G if product is None else product(G)
+        return optimizer.update(grads, state, net.params, curvature=lambda: blocks, product=by, value=1.0)
+
+    state = optimizer.init(net.params)
+    if previous is not None:
+        state = state._replace(previous=net.tree(previous))
+    updates, state = update(state, curvature(net), G)
+    return state, updates
 
 
 def test_learning_rate_and_momentum_are_the_minimum_in_the_plane(net, helpers):
     decay, last = 0.2, np.random.default_rng(2).normal(size=15)
     g, C = net.gradient + decay * net.flat, net.dense_gauss_newton() + decay * np.eye(15)
-    G = jaxhess.gauss_newton(net.model, net.loss, blocks="full")(net.params, *net.batch)
-    optimizer, grads = scale_by_kronecker_newton(damping=DAMPING, weight_decay=decay), net.value_and_gradient[1]
-
-    @jax.jit
-    def update(state, blocks, G):
-        return optimizer.update(grads, state, net.params, curvature=lambda: blocks, product=G.mv, value=1.0)
-
-    state = optimizer.init(net.params)._replace(previous=net.tree(last))
-    updates, state = update(state, curvature(net), G)
+    state, updates = exact_update(net, last, max_iterations=1, weight_decay=decay)
     strength = float(state.control.strength) + decay
-    leaves = zip(jax.tree.leaves(net.tree(g)), state.memory.factors, strict=True)
-    d = np.concatenate([np.ravel(dense_step(leaf, factors, strength)) for leaf, factors in leaves])
+    units = units_of(curvature(net))
+    d = helpers.flat(applied(net.tree(g), units, state.memory.factors, lambda values: -1 / (values + strength)))
     plane, A = np.stack([d, last], axis=1), C + DAMPING * np.eye(15)
     best = -np.linalg.solve(plane.T @ A @ plane, plane.T @ g)
     np.testing.assert_allclose([state.info.learning_rate, state.info.momentum], best, rtol=1e-8)
@@ -104,6 +137,132 @@ def test_learning_rate_and_momentum_are_the_minimum_in_the_plane(net, helpers):
     helpers.close(-helpers.flat(updates), s, 1e-8)
     helpers.close(state.info.predicted, -(g @ s + s @ C @ s / 2), 1e-8)
     assert abs(best[0] - 1) > 1e-3
+    assert state.info.iterations == 0
+
+
+@pytest.mark.parametrize("product", [None, lambda G: G.mv])
+def test_conjugate_gradients_with_the_exact_curvature(net, helpers, product):
+    decay, last = 0.2, np.random.default_rng(3).normal(size=15)
+    g, C = net.gradient + decay * net.flat, net.dense_gauss_newton() + decay * np.eye(15)
+    options = {"weight_decay": decay, "product": product}
+    exact = -np.linalg.solve(C + DAMPING * np.eye(15), g)
+    state, updates = exact_update(net, last, max_iterations=40, progress=0.0, **options)
+    helpers.close(-helpers.flat(updates), exact, 1e-6)
+    helpers.close(state.info.predicted, -(g @ exact + exact @ C @ exact / 2), 1e-9)
+
+    def model(updates):
+        s = -helpers.flat(updates)
+        return g @ s + s @ C @ s / 2 + DAMPING * s @ s / 2
+
+    # A few of them are already better than the plane of learning rate and momentum.
+    few, by_few = exact_update(net, last, max_iterations=4, progress=0.0, **options)
+    _, by_plane = exact_update(net, last, max_iterations=1, **options)
+    assert few.info.iterations == 4
+    assert model(by_few) < model(by_plane)
+    assert np.isfinite(float(few.info.residual))
+    early, _ = exact_update(net, last, max_iterations=40, progress=0.5, **options)
+    assert 1 <= early.info.iterations < state.info.iterations
+
+
+def test_units_are_the_layers(helpers):
+    """Weights stored either way, with and without a bias, shared ones, and one that is used twice."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "a": (4, 3),
+        "a_bias": (4,),
+        "b": (4, 5),
+        "b_bias": (5,),
+        "c": (5, 5),
+        "d": (2, 5),
+        "d_bias": (2,),
+        "free": (2,),
+    }
+    params = {name: jnp.asarray(rng.normal(size=shape)) / 2 for name, shape in shapes.items()}
+
+    def model(p, x):
+        h = jnp.tanh(p["a"] @ x + p["a_bias"])
+        h = jnp.tanh(h @ p["b"] + p["b_bias"])
+        h = jnp.tanh(p["c"] @ jnp.tanh(p["c"] @ h))
+        y = p["d"] @ h + p["d_bias"]
+        return y * p["free"] + p["d_bias"]
+
+    def error(p, x, t):
+        return jnp.sum((model(p, x) - t) ** 2)
+
+    xs, ts = jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.normal(size=(6, 2)))
+    names = list(shapes)
+    expected = [
+        ("a", "a_bias", 1),
+        ("b", "b_bias", 0),
+        ("c", None, 1),
+        ("d", None, 1),
+        ("d_bias", None, 1),
+        ("free", None, 1),
+    ]
+    loss = jaxhess.losses.squared_error
+    for H in (
+        jaxhess.hessian(error)(params, xs, ts), jaxhess.fisher(error)(params, xs, ts),
+        sampling.sampled_curvature(model, loss, params, xs, ts, key=jax.random.key(0)),
+    ):  # fmt: skip
+        assert H.layers == ((0, 1), (2, 3))
+        assert H.scaled(2.0).layers == H.layers
+        found = [(names[u.weight], None if u.bias is None else names[u.bias], u.side) for u in units_of(H)]
+        assert found == expected
+    assert jax.jit(jaxhess.hessian(error))(params, xs, ts).layers == ((0, 1), (2, 3))
+
+
+def joint_matrix(H, unit, params):
+    """The dense block over a unit's own matrix, border included, from a dense matrix over all parameters."""
+    leaves = jax.tree.leaves(params)
+    starts = np.cumsum([0, *(leaf.size for leaf in leaves)])
+    places = [np.arange(starts[n], starts[n + 1]).reshape(leaf.shape) + 1 for n, leaf in enumerate(leaves)]
+    order = matrix_of(places[unit.weight], None if unit.bias is None else places[unit.bias], unit.side).ravel()
+    padded = np.pad(H, ((1, 0), (1, 0)))  # what is no parameter is at place 0
+    return padded[np.ix_(order, order)]
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gauss_newton", "hessian"])
+def test_values_are_the_exact_diagonal_in_the_eigenvectors(helpers, kind):
+    """Of a weight and its bias together, of either order of axes; over time, of the weights alone."""
+    rng = np.random.default_rng(5)
+    shapes = {"a": (4, 3), "a_bias": (4,), "b": (4, 1), "b_bias": (1,), "t": (1, 1), "c": (2, 3), "heads": (1, 2, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+    def model(p, x):
+        h = jnp.tanh(p["a"] @ x + p["a_bias"])
+        along = jnp.sum(jnp.tanh(jnp.outer(x, p["c"] @ x) @ p["c"]), axis=0)
+        return jnp.tanh(h @ p["b"] + p["b_bias"]) * p["t"][0] + jnp.einsum("hdk,k->h", p["heads"], along)
+
+    loss = jaxhess.losses.squared_error
+
+    def error(p, x, t):
+        return loss(model(p, x), t)
+
+    batch = jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.normal(size=(6, 1)))
+    if kind == "hessian":
+        blocks, whole = jaxhess.hessian(error)(params, *batch), jaxhess.hessian(error, blocks="full")(params, *batch)
+    elif kind == "fisher":
+        blocks, whole = (jaxhess.fisher(error, blocks=which)(params, *batch) for which in ("diagonal", "full"))
+    else:
+        blocks, whole = (jaxhess.gauss_newton(model, loss, blocks=which)(params, *batch) for which in ("diagonal", "full"))
+    units, H = units_of(blocks), np.asarray(whole.as_matrix())
+    names = sorted(shapes)
+    assert {(names[u.weight], u.side) for u in units if u.bias is not None} == {("a", 1), ("b", 0)}
+    fresh = [no_factors(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)]
+    factors = averaged(blocks, units, fresh, jnp.zeros(()))
+    for unit in units:
+        own = factors[unit.weight]
+        block = joint_matrix(H, unit, params)
+        values, vectors = dense(own)
+        exact = np.diag(vectors.T @ block @ vectors)
+        approximate = np.outer(*(np.diag(np.asarray(V).T @ np.asarray(X) @ np.asarray(V)) for X, V in (
+            (own.left, own.left_vectors), (own.right, own.right_vectors))))  # fmt: skip
+        if np.allclose(values, approximate.ravel(), atol=1e-12) and unit.bias is None:
+            continue  # blocks for which the exact diagonal costs too much, or a product that is exact
+        helpers.close(values, exact, 1e-9)
+        error_of = {name: np.linalg.norm(block - (vectors * v) @ vectors.T) for name, v in (
+            ("exact", values), ("product", approximate.ravel()))}  # fmt: skip
+        assert error_of["exact"] <= error_of["product"] * (1 + 1e-9) + 1e-12
 
 
 def relative(A, B, dense):
@@ -114,7 +273,7 @@ def test_factors_are_nearly_the_nearest(long_net):
     for _, block in curvature(long_net).items():
         if len(block.in_structure().shape) == 1:
             continue
-        A, B = factors_of(block)
+        A, B, _ = factors_of(block)
         nearest = jaxhess.operators.nearest_kronecker(block)
         assert relative(A, B, block.as_matrix()) <= 1.01 * float(nearest.relative_error) + 1e-9
         for factor in (A, B):
@@ -141,22 +300,24 @@ def test_the_mean_over_the_run(helpers):
         new = share * A, B / share
         means = new if means is None else [weight * m + (1 - weight) * n for m, n in zip(means, new, strict=True)]
         (found,) = state.memory.factors
-        helpers.close(found.left, means[0])
-        helpers.close(found.right, means[1])
-        for side, mean in zip(("left", "right"), means, strict=True):
-            values, vectors = (np.asarray(getattr(found, f"{side}_{what}")) for what in ("values", "vectors"))
-            helpers.close((vectors * values) @ vectors.T, mean)
+        helpers.close(found.left, np.pad(means[0], ((0, 1), (0, 1))))
+        helpers.close(found.right, np.pad(means[1], ((0, 1), (0, 1))))
+        values, vectors = dense(found)
+        helpers.close((vectors * values) @ vectors.T, np.kron(found.left, found.right))
     assert state.memory.refreshed == 3
 
 
 def test_the_preconditioner_is_the_dense_inverse(net, helpers):
-    v = np.random.default_rng(1).normal(size=15)
-    made = preconditioners_of(curvature(net))
-    for leaf, inverse, (_, block) in zip(jax.tree.leaves(net.tree(v)), made, curvature(net).items(), strict=True):
-        K = np.kron(*factors_of(block))
-        for damping in (DAMPING, 1e-3):
-            found = inverse.with_damping(jnp.asarray(damping)).mv(leaf)
-            helpers.close(np.ravel(found), np.linalg.solve(K + damping * np.eye(len(K)), np.ravel(leaf)))
+    v = net.tree(np.random.default_rng(1).normal(size=15))
+    inverse = gauss_newton_inverse(curvature(net))
+    assert lx.is_positive_semidefinite(inverse)
+    for damping in (DAMPING, 1e-3):
+        found = inverse.with_damping(jnp.asarray(damping))
+        expected = applied(v, inverse.units, inverse.factors, lambda values, damping=damping: 1 / (values + damping))
+        helpers.close(helpers.flat(found.mv(v)), helpers.flat(expected))
+        matrix = np.asarray(found.as_matrix())
+        helpers.close(matrix, matrix.T)
+        assert np.linalg.eigvalsh(matrix)[0] > 0
 
 
 def softmax_loss(z, label):
@@ -215,6 +376,10 @@ def test_refusals(net):
         ({"decay": 1.0}, "decay must be in"),
         ({"decay": -0.1}, "decay must be in"),
         ({"learning_rate": 1.0}, "momentum='exact' needs learning_rate='exact'"),
+        ({"max_iterations": 0}, "max_iterations must be a whole number of at least 1"),
+        ({"max_iterations": 2.0}, "max_iterations must be a whole number of at least 1"),
+        ({"progress": 1.0}, "progress must be in"),
+        ({"progress": -0.1}, "progress must be in"),
     ):
         with pytest.raises(InputError, match=what):
             kronecker_newton(**options)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhess.optimizers.quadratic import best_combination, best_length
+from jaxhess.optimizers.quadratic import Quadratic, best_combination, best_length, combination_of
 
 N = 5
 
@@ -22,13 +22,18 @@ def tree(vector):
 
 
 def flat(vector):
-    return np.concatenate([np.ravel(vector["a"]), np.ravel(vector["b"])])
+    return jnp.concatenate([jnp.ravel(vector["a"]), jnp.ravel(vector["b"])])
+
+
+def quadratic(C, g):
+    return Quadratic(tree(g), lambda vector: tree(C @ flat(vector)))
 
 
 @jax.jit
 def combined(C, g, d, v, damping):
-    parts = [{"a": x[:2], "b": x[2:].reshape(3, 1)} for x in (g, d, C @ d, v, C @ v)]
-    return best_combination(*parts, damping)
+    vectors = [tree(d), tree(v)]
+    plane = quadratic(C, g).restricted(vectors)
+    return combination_of(vectors, plane, best_combination(plane, damping))
 
 
 def model(C, g, damping, s):
@@ -46,12 +51,28 @@ def test_the_minimum_in_the_plane(damping):
         exact = -np.linalg.solve(plane.T @ A @ plane, plane.T @ g)
         np.testing.assert_allclose([found.learning_rate, found.momentum], exact, rtol=1e-9)
         np.testing.assert_allclose(s, plane @ exact, rtol=1e-9)
-        np.testing.assert_allclose(flat(found.product), C @ s, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.curved, s @ C @ s, rtol=1e-9)
         # None of a grid around it is lower.
         lowest = model(C, g, damping, s)
         for a in exact[0] + np.linspace(-1, 1, 7):
             for b in exact[1] + np.linspace(-1, 1, 7):
                 assert model(C, g, damping, plane @ [a, b]) >= lowest - 1e-12
+
+
+@pytest.mark.parametrize("definite", [True, False])
+def test_restricted_to_several_vectors(definite):
+    C, g, d, v = case(7, definite)
+    vectors = np.stack([d, v, g, d + v])
+    restricted = quadratic(C, g).restricted([tree(x) for x in vectors])
+    np.testing.assert_allclose(restricted.forms, vectors @ C @ vectors.T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(restricted.inner, vectors @ vectors.T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(restricted.slopes, vectors @ g, rtol=1e-12)
+    c = np.array([0.3, -2.0])
+    part = restricted.part([1, 3])
+    np.testing.assert_allclose(part.gain(c, 0.4), -model(C, g, 0.4, c @ vectors[[1, 3]]), rtol=1e-10)
+    # What is given in the place of products is taken.
+    given = quadratic(C, g)._replace(forms=lambda vectors: jnp.full((len(vectors),) * 2, 2.0))
+    np.testing.assert_array_equal(given.restricted([tree(d), tree(v)]).forms, np.full((2, 2), 2.0))
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, -3.0, 1e-9, 1e9])
@@ -62,7 +83,8 @@ def test_last_steps_that_add_nothing(factor):
     A = C + 0.3 * np.eye(N)
     np.testing.assert_allclose(flat(found.step), -(g @ d) / (d @ A @ d) * d, rtol=1e-8)
     assert np.isfinite(float(found.momentum))
-    np.testing.assert_allclose(flat(found.product), C @ flat(found.step), rtol=1e-7, atol=1e-12)
+    s = flat(found.step)
+    np.testing.assert_allclose(found.curved, s @ C @ s, rtol=1e-7, atol=1e-12)
 
 
 def test_nearly_parallel_is_no_worse_than_the_length_alone():
@@ -78,7 +100,7 @@ def test_nothing_to_go_by():
     zero = np.zeros(N)
     for found in (combined(C, g, zero, v, 0.3), combined(C, g, zero, zero, 0.0), combined(C, zero, zero, v, 0.3)):
         assert np.isfinite(flat(found.step)).all()
-        assert np.isfinite(flat(found.product)).all()
+        assert np.isfinite(found.curved)
     np.testing.assert_array_equal(flat(combined(C, g, zero, zero, 0.0).step), zero)
     # Without slope the minimum is where it is.
     np.testing.assert_allclose(flat(combined(C, zero, d, v, 0.3).step), zero, atol=1e-12)
@@ -102,9 +124,14 @@ def test_length_alone_beside_a_given_momentum():
     C, g, d, v = case(4)
     A = C + 0.2 * np.eye(N)
     length = -(g @ d) / (d @ A @ d)
-    found = best_length(tree(g), tree(d), tree(C @ d), jnp.asarray(0.2), tree(v), jnp.asarray(0.9))
-    np.testing.assert_allclose(found.learning_rate, length, rtol=1e-10)
-    np.testing.assert_allclose(flat(found.step), length * d + 0.9 * v, rtol=1e-10)
-    np.testing.assert_allclose(flat(found.product), length * (C @ d), rtol=1e-10)
-    found = best_length(tree(g), tree(d), tree(-C @ d), jnp.asarray(0.2), None, jnp.asarray(0.0))
+    vectors = [tree(d), tree(v)]
+    plane = quadratic(C, g).restricted(vectors)
+    found = combination_of(vectors, plane, best_length(plane, jnp.asarray(0.2), 0.9))
+    np.testing.assert_allclose([found.learning_rate, found.momentum], [length, 0.9], rtol=1e-10)
+    s = length * d + 0.9 * v
+    np.testing.assert_allclose(flat(found.step), s, rtol=1e-10)
+    np.testing.assert_allclose(found.curved, s @ C @ s, rtol=1e-10)
+    line = quadratic(-C, g).restricted([tree(d)])
+    found = combination_of([tree(d)], line, best_length(line, jnp.asarray(0.2)))
     np.testing.assert_allclose(flat(found.step), d)
+    assert found.momentum == 0

@@ -1,0 +1,173 @@
+"""The attempts of one update: a step for one damping, what it does, and another damping where it raises the error.
+
+d = -(C + λ)^-1 g        s = α d + μ v        E(x + s) <= E(x): taken;  else λ rises (or s shrinks) and it is tried again
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess._typing import Array, PyTree
+from jaxhess.operators.vectors import dot, like, norm, times, where
+from jaxhess.optimizers.conjugate import minimise
+from jaxhess.optimizers.damping import Control
+from jaxhess.optimizers.method import Method, Settings
+from jaxhess.optimizers.quadratic import Combination, Quadratic, best_combination, best_length, combination_of
+
+__all__ = ["Attempts", "Problem"]
+
+_RATIO = 2.0  # between the dampings of an approximate inverse that are compared
+
+
+class Attempts(NamedTuple):
+    """Where the attempts are: `control` for the next one, and how the last one went."""
+
+    control: Control
+    step: PyTree
+    new_value: Array
+    predicted: Array
+    ratio: Array
+    accepted: Array
+    tried: Array
+    iterations: Array
+    residual: Array
+    learning_rate: Array
+    momentum: Array
+
+
+class _Proposal(NamedTuple):
+    combination: Combination
+    iterations: Array
+    residual: Array
+    control: Control
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One update: the quadratic `model` of the error, what the method `prepared`, the last step `previous` or (), the error
+    `value` at the parameters, and `evaluate`, the error after a step, None where it is not known."""
+
+    method: Method
+    settings: Settings
+    prepared: Any
+    model: Quadratic
+    previous: PyTree
+    count: Array
+    value: Array
+    evaluate: Callable[[PyTree], Array] | None
+
+    def solved(self, control: Control, proceed: Array) -> Attempts:
+        """Attempts until a step is taken; none where `proceed` does not hold."""
+        nothing, zero = jnp.full((), jnp.nan, self.value.dtype), jnp.zeros((), jnp.int32)
+        start = Attempts(
+            control, jax.tree.map(jnp.zeros_like, self.model.gradient), nothing, nothing, nothing, jnp.zeros((), bool), zero,
+            zero, nothing, nothing, nothing,
+        )  # fmt: skip
+        most = self.settings.attempts if self.evaluate is not None else 1
+
+        def unfinished(a: Attempts) -> Array:
+            return proceed & ~a.accepted & (a.tried < most)
+
+        return jax.lax.while_loop(unfinished, lambda a: like(a, self._attempt(a)), start)
+
+    def _attempt(self, before: Attempts) -> Attempts:
+        found = self._proposed(before.control)
+        control, dtype = found.control, self.value.dtype
+        scale = control.scale
+        step = times(scale, found.combination.step)
+        predicted = -(dot(self.model.gradient, step) + scale * scale * found.combination.curved / 2).astype(dtype)
+        length = norm(step).astype(dtype)
+        known = jnp.isfinite(length) & jnp.isfinite(predicted)
+        new_value, accepted = jnp.full((), jnp.nan, dtype), known
+        if self.evaluate is not None:
+            new_value = self.evaluate(step)
+            accepted = known & (new_value <= self.value) & jnp.isfinite(new_value)
+        ratio = (self.value - new_value) / jnp.where(predicted > 0, predicted, 1)
+        ratio = jnp.where(predicted > 0, ratio, jnp.where(self.value > new_value, 1, 0) + 0 * ratio)
+        rule = self.settings.rule
+        if self.evaluate is not None:
+            # What rounding hides says nothing against the model.
+            hidden = predicted <= 4 * jnp.finfo(dtype).eps * jnp.abs(self.value)
+            damped = control.damping * length * length
+            curved = damped + scale * scale * found.combination.curved.astype(dtype)
+            share = jnp.where(curved > 0, damped / jnp.where(curved > 0, curved, 1), 0)
+            taken = rule.taken(control, jnp.where(hidden, 1, ratio), length, share)
+            control = where(accepted, taken, rule.refused(control, length))
+        elif rule.adaptive:
+            control = where(accepted, control, rule.refused(control, length))
+        return Attempts(
+            control, step, new_value, predicted, ratio, accepted, before.tried + 1, before.iterations + found.iterations,
+            found.residual, found.combination.learning_rate, found.combination.momentum,
+        )  # fmt: skip
+
+    def _proposed(self, control: Control) -> _Proposal:
+        """The step for these dampings, and the dampings with that of an approximate inverse as it was chosen."""
+        every, refinement = self.settings.tuned_every, self.settings.refinement
+        if not every:
+            found = self.method.direction(self.prepared, self.model.gradient, control.damping, self.previous)
+            combination, _ = self._combined([found.step], found.damping)[0]
+            return _Proposal(combination, found.iterations, found.residual, control)
+
+        def chosen(control: Control) -> tuple[Array, Combination]:
+            strengths = control.strength * jnp.asarray([1 / _RATIO, 1, _RATIO], control.strength.dtype)
+            combinations, gains = zip(*self._candidates(strengths, control.damping), strict=True)
+            best = jnp.argmax(jnp.where(jnp.isfinite(jnp.stack(gains)), jnp.stack(gains), -jnp.inf))
+            return strengths[best], jax.tree.map(lambda *parts: jnp.stack(parts)[best], *combinations)
+
+        def same(control: Control) -> tuple[Array, Combination]:
+            return control.strength, self._candidates(control.strength[None], control.damping)[0][0]
+
+        due = self.count % every == 0
+        if refinement is None:
+            strength, combination = jax.lax.cond(due, chosen, same, control)
+            nothing = jnp.full_like(control.damping, jnp.nan)
+            return _Proposal(combination, jnp.zeros((), jnp.int32), nothing, control._replace(strength=strength))
+        strength = jax.lax.cond(due, lambda control: chosen(control)[0], lambda control: control.strength, control)
+
+        def precondition(residual: PyTree) -> PyTree:
+            return times(-1, self.method.direction(self.prepared, residual, strength, ()).step)
+
+        found = minimise(
+            self.model, precondition, self.previous, control.damping, refinement.iterations, refinement.progress
+        )
+        residual = found.residual.astype(control.damping.dtype)
+        return _Proposal(found.combination, found.iterations, residual, control._replace(strength=strength))
+
+    def _candidates(self, strengths: Array, damping: Array) -> list[tuple[Combination, Array]]:
+        """For each damping of the approximate inverse the step, and what the model falls by."""
+
+        def step(strength: Array) -> PyTree:
+            return self.method.direction(self.prepared, self.model.gradient, strength, self.previous).step
+
+        return self._combined([step(strengths[n]) for n in range(len(strengths))], damping)
+
+    def _combined(self, directions: list[PyTree], damping: Array) -> list[tuple[Combination, Array]]:
+        """Each direction with its learning rate and momentum, given or from the quadratic model, and the model's fall."""
+        settings = self.settings
+        exact = isinstance(settings.learning_rate, str)
+        both = exact and isinstance(settings.momentum, str)
+        moving = settings.momentum is not None
+        vectors = [*directions, self.previous] if moving else directions
+        model = self.model.restricted(vectors)
+        momentum = None if both or not moving else _scheduled(settings.momentum, self.count)
+        results = []
+        for n, direction in enumerate(directions):
+            plane = model.part([n, len(directions)] if moving else [n])
+            if both:
+                coefficients = best_combination(plane, damping)
+            elif exact:
+                coefficients = best_length(plane, damping, momentum if moving else 0.0)
+            else:
+                rate = _scheduled(settings.learning_rate, self.count)
+                given = [rate, momentum] if moving else [rate]
+                coefficients = jnp.stack([jnp.asarray(each, model.forms.dtype) for each in given])
+            parts = [direction, self.previous] if moving else [direction]
+            results.append((combination_of(parts, plane, coefficients), plane.gain(coefficients, damping)))
+        return results
+
+
+def _scheduled(given: Any, count: Array) -> Any:
+    return given(count) if callable(given) else given

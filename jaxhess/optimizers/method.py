@@ -1,0 +1,95 @@
+"""What a second-order optimizer is made of: what it solves with, and the settings that all of them have in common."""
+
+import abc
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.optimizers.damping import Rule, TrustRadius
+
+__all__ = ["Direction", "Method", "Refinement", "Settings"]
+
+
+class Direction(NamedTuple):
+    """`step` d and how the solver went; `damping` is λ in the quadratic model, 0 where a radius takes its place."""
+
+    step: PyTree
+    damping: Array
+    iterations: Array
+    residual: Array
+
+
+class Method(abc.ABC):
+    """What a second-order optimizer solves with. Hashable, without arrays."""
+
+    name: str
+
+    def init(self, params: PyTree) -> PyTree:
+        """What is kept from step to step; nothing by default."""
+        del params
+        return ()
+
+    @abc.abstractmethod
+    def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array, decay: Array) -> tuple[Any, PyTree]:
+        """What all attempts of one update share (an eigendecomposition, say), and the new memory. `decay` times the identity
+        belongs to the curvature."""
+
+    @abc.abstractmethod
+    def solver(self, prepared: Any) -> str:
+        """One of `SOLVERS`."""
+
+    @abc.abstractmethod
+    def direction(self, prepared: Any, gradient: PyTree, damping: Array, start: PyTree) -> Direction:
+        """The step for one damping; `start` is the last one, or ()."""
+
+    @abc.abstractmethod
+    def product(self, prepared: Any, vector: PyTree) -> PyTree:
+        """C times a vector: the matrix of the quadratic model, definite where the method makes it so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """At most `iterations` of conjugate gradients, until one gains less than the share `progress` of all."""
+
+    iterations: int
+    progress: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all methods have in common; see `scale_by_newton` for each."""
+
+    rule: Rule
+    learning_rate: Any = 1.0
+    momentum: Any = None
+    weight_decay: Any = None
+    attempts: Any = 8
+    failures: Any = 10
+    warm_start: bool = False
+    tuned_every: int = 0  # how often the damping of an approximate inverse is chosen by the quadratic model; 0: never
+    refinement: Refinement | None = None  # conjugate gradients that the method is the preconditioner of
+
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether the last step is needed again."""
+        return self.momentum is not None or self.warm_start
+
+    def checked(self, name: str) -> "Settings":
+        """Itself; raises `InputError` for what is out of range."""
+        for what, given in (("learning_rate", self.learning_rate), ("momentum", self.momentum)):
+            wrong = isinstance(given, int | float) and not math.isfinite(given)
+            if wrong or (isinstance(given, str) and given != "exact"):
+                raise InputError(f"{name}: {what} must be a number, a schedule or 'exact', got {given!r}")
+        if self.learning_rate is None:
+            raise InputError(f"{name}: learning_rate must be a number, a schedule or 'exact', got None")
+        if isinstance(self.weight_decay, int | float) and not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"{name}: weight_decay must not be negative, got {self.weight_decay}")
+        for what, given in (("max_attempts", self.attempts), ("max_failures", self.failures)):
+            if isinstance(given, int | float) and not (given >= 1 and given == int(given)):
+                raise InputError(f"{name}: {what} must be a whole number of at least 1, got {given}")
+        if self.momentum == "exact" and self.learning_rate != "exact":
+            raise InputError(f"{name}: momentum='exact' needs learning_rate='exact': one quadratic model gives both")
+        if isinstance(self.rule, TrustRadius) and (self.learning_rate == "exact" or self.keeps_steps):
+            raise InputError(f"{name}: a trust region sets the whole step; it takes no learning_rate='exact' or momentum")
+        return self
