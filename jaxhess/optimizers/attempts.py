@@ -82,15 +82,16 @@ class Problem:
         length = norm(step).astype(dtype)
         known = jnp.isfinite(length) & jnp.isfinite(predicted)
         new_value, accepted = jnp.full((), jnp.nan, dtype), known
+        # What rounding hides says nothing against the model; nor is it a rise, where another program computed the value.
+        rounding = 4 * jnp.finfo(dtype).eps * jnp.abs(self.value)
+        hidden = predicted <= rounding
         if self.evaluate is not None:
             new_value = self.evaluate(step)
-            accepted = known & (new_value <= self.value) & jnp.isfinite(new_value)
+            accepted = known & (new_value <= self.value + jnp.where(hidden, rounding, 0)) & jnp.isfinite(new_value)
         ratio = (self.value - new_value) / jnp.where(predicted > 0, predicted, 1)
         ratio = jnp.where(predicted > 0, ratio, jnp.where(self.value > new_value, 1, 0) + 0 * ratio)
         rule = self.settings.rule
         if self.evaluate is not None:
-            # What rounding hides says nothing against the model.
-            hidden = predicted <= 4 * jnp.finfo(dtype).eps * jnp.abs(self.value)
             damped = control.damping * length * length
             curved = damped + scale * scale * found.combination.curved.astype(dtype)
             share = jnp.where(curved > 0, damped / jnp.where(curved > 0, curved, 1), 0)

@@ -32,7 +32,7 @@ from jaxhess.operators.preconditioning import preconditioner_of
 from jaxhess.operators.reduction import Reduction
 from jaxhess.operators.vectors import dtype_of, like, norm, plus
 from jaxhess.optimizers.core import transformation
-from jaxhess.optimizers.damping import Constant, TrustRadius, as_rule
+from jaxhess.optimizers.damping import Constant, TrustRadius, as_rule, levenberg_marquardt
 from jaxhess.optimizers.kronecker_inverse import KroneckerInverse, averaged, no_factors, units_of
 from jaxhess.optimizers.method import Direction, Method, Settings
 from jaxhess.optimizers.products import LinearisedGaussNewton
@@ -42,6 +42,7 @@ __all__ = ["Choice", "choose_solver", "gauss_newton", "scale_by_gauss_newton"]
 
 _LARGEST = 6144  # rows that are factored
 _ITERATIONS = 100
+_DECREASE = 6.0  # of damping: along valleys of recurrent networks it has to come down again quickly
 _PRODUCTS = 300  # forming may take the work of so many products
 
 
@@ -276,7 +277,8 @@ def scale_by_gauss_newton(
         raise InputError(f"gauss_newton: tolerance must be positive, got {tolerance}")
     if max_iterations is not None and not (isinstance(max_iterations, int) and max_iterations >= 1):
         raise InputError(f"gauss_newton: max_iterations must be a whole number of at least 1, got {max_iterations}")
-    rule = as_rule("gauss_newton", damping)
+    named = isinstance(damping, str) and damping == "levenberg_marquardt"
+    rule = levenberg_marquardt(decrease=_DECREASE) if named else as_rule("gauss_newton", damping)
     if isinstance(rule, TrustRadius):
         raise InputError("gauss_newton: a TrustRadius is for newton with curvature='trust_region'")
     settings = Settings(

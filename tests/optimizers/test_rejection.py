@@ -8,6 +8,7 @@ import lineax as lx
 import numpy as np
 import pytest
 
+import jaxhess
 from jaxhess import optimizers
 from jaxhess.operators import BlockDiagonal, Dense, Diagonal
 from jaxhess.optimizers import TrustRadius, gauss_newton, kronecker_newton, levenberg_marquardt, newton
@@ -263,3 +264,20 @@ def test_the_loss_never_rises(name):
         assert (losses[:, -1] < losses[:, 0]).all()
     assert (np.diff(losses, axis=1)[~accepted] == 0).all()
     assert np.isfinite(np.asarray(params["u"])).all()
+
+
+def test_a_value_of_another_rounding_does_not_stop_it(net):
+    """Two programs for the same mean differ in the last bits; a step that changes as little is not refused for that."""
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), net.params)
+    batch = tuple(a.astype(jnp.float32) for a in net.batch)
+
+    def mean(p):
+        return jnp.mean(jax.vmap(net.error, (None, 0, 0))(p, *batch))
+
+    value, grads = jax.value_and_grad(mean)(params)
+    G = jaxhess.gauss_newton(net.model, net.loss, blocks="full")(params, *batch)
+    optimizer = optimizers.gauss_newton(damping=1e12)
+    below = value * (1 - 2 * jnp.finfo(jnp.float32).eps)
+    for given, accepted in ((below, True), (value * (1 - 1e-4), False)):
+        _, state = optimizer.update(grads, optimizer.init(params), params, curvature=G, value=given, value_fn=mean)
+        assert state[0].info.accepted == accepted
