@@ -1,7 +1,7 @@
 """One update of a second-order optimizer: solve, look at what the step does, take it or try a shorter one.
 
-What is solved with is a `Method`; the rest is the same for all of them. A step that raises the error is never taken where
-`value_fn` is given, nor one with numbers that are not finite.
+What is solved with is a `Method`; the rest is the same for all of them. A step that raises the error, by more than rounding
+does, is never taken where `value_fn` is given, nor one with numbers that are not finite.
 """
 
 from collections.abc import Callable, Sequence

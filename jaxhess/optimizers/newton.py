@@ -175,8 +175,8 @@ def scale_by_newton(
             up and leaves the parameters as they are.
         max_failures: updates in a row with numbers that are not finite, before it is an error.
 
-    With `value_fn`, a step that raises the error is not taken. With `value` alone, the damping follows from how the error
-    went since the last update. A constant damping needs neither.
+    With `value_fn`, a step that raises the error, by more than its rounding, is not taken. With `value` alone, the damping
+    follows from how the error went since the last update. A constant damping needs neither.
 
     Raises:
         InputError: for options out of range; in `update`, if the curvature is missing, has other parameters than the

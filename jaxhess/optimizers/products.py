@@ -80,13 +80,27 @@ def value_grad_and_linearised(
 
         return jax.grad(total, has_aux=True)(outputs)
 
-    at, push = jax.linearize(outputs, wide)
+    at, push = _tangent_map(outputs, wide)
     slopes, curve, value = jax.linearize(slope, at, has_aux=True)
     examples = jax.tree.leaves(xs)[0].shape[0]
     scale = jnp.asarray(1 / examples, dtype_of(wide))
     operator = LinearisedGaussNewton(push, curve, scale, wide, blocks)
     gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), operator.pulled(slopes), params)
     return value, gradient, operator
+
+
+def _tangent_map(function: Callable[[PyTree], PyTree], point: PyTree) -> tuple[PyTree, Any]:
+    """The value and the tangent map; a `custom_vjp` function has none but the transpose of its own reverse pass."""
+    try:
+        value, push = jax.linearize(function, point)
+        jax.eval_shape(push, point)  # which is where newer releases refuse
+        return value, push
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+    value, pull = jax.vjp(function, point)
+    transposed = jax.linear_transpose(lambda cotangents: pull(cotangents)[0], value)
+    return value, jax.tree_util.Partial(lambda tangents: transposed(tangents)[0])
 
 
 def _pairs(a: PyTree, b: PyTree) -> list[tuple[Array, Array]]:

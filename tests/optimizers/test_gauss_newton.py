@@ -163,6 +163,33 @@ def test_linearised_products(net, helpers):
     assert state.info.solver_name == NAMES["cg"]
 
 
+def test_products_of_a_model_with_a_reverse_pass_of_its_own(net, helpers):
+    """`custom_vjp` functions have no tangents: theirs are the transpose of the reverse pass."""
+
+    @jax.custom_vjp
+    def own_tanh(x):
+        return jnp.tanh(x)
+
+    own_tanh.defvjp(lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, g: (g * (1 - y * y),))
+
+    def model(p, x):
+        return p["out"] @ own_tanh(p["hidden"]["w"] @ x + p["hidden"]["b"])
+
+    value, gradient, L = jax.jit(functools.partial(value_grad_and_linearised, model, net.loss))(net.params, *net.batch)
+    helpers.close(value, net.value_and_gradient[0], 1e-12)
+    helpers.close(helpers.flat(gradient), net.gradient, 1e-12)
+    vectors, D = np.random.default_rng(1).normal(size=(2, 15)), net.dense_gauss_newton()
+    helpers.close(helpers.flat(L.mv(net.tree(vectors[0]))), D @ vectors[0], 1e-12)
+    helpers.close(L.forms([net.tree(v) for v in vectors]), vectors @ D @ vectors.T, 1e-12)
+    optimizer = optimizers.kronecker_newton()
+    train, state, params, losses = optimizers.step((model, net.loss), optimizer), optimizer.init(net.params), net.params, []
+    for _ in range(5):
+        params, state, metrics = train(params, state, *net.batch)
+        losses.append(float(metrics.loss))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def test_which_solver(net, long_net, monkeypatch):
     G, long = whole(net), whole(long_net)
     assert choose_solver(G) == ("gram", "8 outputs of all examples, 15 parameters")
