@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax.extend.core import Jaxpr
 
 from jaxhess._linalg import matmul, widened
 from jaxhess._typing import Array, PyTree
@@ -91,16 +92,28 @@ def value_grad_and_linearised(
 
 def _tangent_map(function: Callable[[PyTree], PyTree], point: PyTree) -> tuple[PyTree, Any]:
     """The value and the tangent map; a `custom_vjp` function has none but the transpose of its own reverse pass."""
-    try:
-        value, push = jax.linearize(function, point)
-        jax.eval_shape(push, point)  # which is where newer releases refuse
-        return value, push
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
+    if not _reverse_only(jax.make_jaxpr(function)(point).jaxpr):
+        return jax.linearize(function, point)
     value, pull = jax.vjp(function, point)
-    transposed = jax.linear_transpose(lambda cotangents: pull(cotangents)[0], value)
-    return value, jax.tree_util.Partial(lambda tangents: transposed(tangents)[0])
+    return value, jax.tree_util.Partial(_transposed, pull, value)
+
+
+def _transposed(pull: Any, value: PyTree, tangents: PyTree) -> PyTree:
+    return jax.linear_transpose(lambda cotangents: pull(cotangents)[0], value)(tangents)[0]
+
+
+def _reverse_only(jaxpr: Jaxpr) -> bool:
+    """Whether a `custom_vjp` function is called anywhere but within a `custom_jvp` one, whose own rule is taken."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name.startswith("custom_vjp"):
+            return True
+        for parameter in () if name.startswith("custom_jvp") else equation.params.values():
+            for each in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                inner = getattr(each, "jaxpr", each)
+                if isinstance(inner, Jaxpr) and _reverse_only(inner):
+                    return True
+    return False
 
 
 def _pairs(a: PyTree, b: PyTree) -> list[tuple[Array, Array]]:
