@@ -53,7 +53,8 @@ class SecondOrder:
         stream = _batches(data, batch, seed)
         start = time.perf_counter()
         carry = jax.tree.map(jnp.copy, params), self._optimizer.init(params)
-        count = int(np.clip(CALL_SECONDS / self._step_seconds(carry, next(stream)), 1, 1000)) if batch is None else 1
+        seconds = self._step_seconds(carry, next(stream))  # which compiles as well
+        count = int(np.clip(CALL_SECONDS / seconds, 1, 1000)) if batch is None else 1
         compile_seconds = time.perf_counter() - start
 
         def advance(carry: Any, share: float) -> tuple[Any, int]:
@@ -65,10 +66,10 @@ class SecondOrder:
 
     def _step_seconds(self, carry: Any, batches: tuple[Array, ...]) -> float:
         """The time of a step, after compiling; the state that was given is left alone."""
-        jax.block_until_ready(self._steps(carry, batches, 2))
+        jax.block_until_ready(self._steps(carry, batches, 1))
         start = time.perf_counter()
-        jax.block_until_ready(self._steps(carry, batches, 4))
-        return (time.perf_counter() - start) / 4
+        jax.block_until_ready(self._steps(carry, batches, 2))
+        return (time.perf_counter() - start) / 2
 
 
 def _batches(data: tuple[Array, Array], batch: int | None, seed: int) -> Iterator[tuple[Array, ...]]:
