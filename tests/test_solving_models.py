@@ -195,6 +195,42 @@ def test_blocks_of_a_network():
     close(pair.as_matrix(), joined(D, ("b", "v"), NET))
 
 
+@pytest.mark.parametrize("what", ["absolute", "positive_part"])
+def test_per_example_forms_of_a_whole_network_are_means_of_each_examples_own(what):
+    params = {"in": {"w": array(5, 3), "b": array(3)}, "out": [array(2, 3), array(2)]}
+    xs, ts = array(4, 5), array(4, 2)
+
+    def error(p, x, t):
+        return jnp.sum(jnp.sin(p["out"][0] @ jnp.tanh(x @ p["in"]["w"] + p["in"]["b"]) + p["out"][1] - t))
+
+    def expected(path):
+        function = {"absolute": np.abs, "positive_part": lambda v: np.maximum(v, 0)}[what]
+        total = 0
+        for x, t in zip(xs, ts, strict=True):
+            w, V = np.linalg.eigh(jaxhess.hessian(error)(params, x[None], t[None]).block(path).as_matrix())
+            total = total + (V * function(w)) @ V.T / len(xs)
+        return total
+
+    H = jax.jit(jaxhess.hessian(error))(params, xs, ts)
+    K = getattr(H, what)(per_example=True)
+    assert lx.is_positive_semidefinite(K)
+    assert K.layers == H.layers == ((1, 0), (2, 3))
+    for path, operator in K.items():
+        close(operator.as_matrix(), expected(path))
+    close((2 * H["out"]).absolute(per_example=True)[1].as_matrix(), 2 * H.absolute(per_example=True)["out"][1].as_matrix())
+    twice = H.block("in/w") + H.block("in/w")
+    close(getattr(twice, what)(per_example=True).as_matrix(), 2 * expected("in/w"))
+
+
+def test_per_example_forms_are_refused_where_no_matrix_of_an_example_is_kept():
+    def error(p, x):
+        return jnp.sum(jnp.sin(p["v"] * jnp.tanh(p["w"] @ x)))
+
+    H = jaxhess.hessian(error)({"w": array(3, 5), "v": array(3)}, array(2, 5))
+    with pytest.raises(InputError, match=r"block 'v': Diagonal.absolute: there is no matrix of each example"):
+        H.absolute(per_example=True)
+
+
 def test_gauss_newton_in_its_plans():
     make = jaxhess.gauss_newton(network, jaxhess.losses.softmax_cross_entropy)
     G = make(NET, XS, TARGETS)

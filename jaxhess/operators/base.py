@@ -37,6 +37,8 @@ from jaxhess.operators.support import (
     transposed_tags,
 )
 
+_SIZES = frozenset({"in_structure", "out_structure", "in_size", "out_size"})
+
 
 class StructuredOperator(lx.AbstractLinearOperator):
     """A lineax operator stored as small arrays, with exact `diagonal`, `trace`, `frobenius_norm` and `scaled`.
@@ -49,6 +51,12 @@ class StructuredOperator(lx.AbstractLinearOperator):
 
     # numpy scalars on the left of `*` must leave the product to `__rmul__`.
     __array_ufunc__ = None
+
+    def __getattribute__(self, name: str) -> Any:
+        # Equinox makes a pytree of every bound method, so that `jit` takes it: the most of a small operation's time, for
+        # methods that are called on the spot.
+        on_the_spot = name.startswith("_") or name in _SIZES
+        return object.__getattribute__(self, name) if on_the_spot else super().__getattribute__(name)
 
     @abc.abstractmethod
     def diagonal(self) -> PyTree:
@@ -208,6 +216,9 @@ class OperatorSum(CurvatureOperator):
 
     def inertia(self, tolerance=None):
         return count_signs(self.eigvalsh(), self.in_size(), tolerance)
+
+    def _per_example(self, function, what):
+        return OperatorSum([term._per_example(function, what) for term in self.terms])
 
     def __repr__(self):
         kinds = ", ".join(type(term).__name__ for term in self.terms)

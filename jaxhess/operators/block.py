@@ -17,9 +17,11 @@ import lineax as lx
 from jaxhess._linalg import format_bytes
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.base import CurvatureOperator, StructuredOperator, sum_of
+from jaxhess.operators.dense import Dense
 from jaxhess.operators.direct import Factorization
 from jaxhess.operators.eigen import select
 from jaxhess.operators.functions import NegativeCurvature
+from jaxhess.operators.kronecker import KroneckerProductSum
 from jaxhess.operators.mapped import Inertia
 from jaxhess.operators.paths import children_of, key_of, leaves_like, naming, paths_of, spread, unwrapped
 from jaxhess.operators.support import (
@@ -189,12 +191,31 @@ class BlockDiagonal(StructuredOperator):
         return BlockDiagonal(self._map(lambda operator: operator.matrix_function(function)))
 
     def absolute(self, *, per_example: bool = False) -> "BlockDiagonal":
-        """`|H|`, block by block, as `CurvatureOperator.absolute`."""
-        return self._named("absolute", per_example=per_example)
+        """`|H|`, block by block, as `CurvatureOperator.absolute`. With `per_example`, a bias has the mean of the `|Q_i|` of
+        its layer's weight; the blocks of other parameters without such Q raise `InputError`."""
+        return self._positive("absolute", per_example)
 
     def positive_part(self, *, per_example: bool = False) -> "BlockDiagonal":
-        """The nearest positive semidefinite operator, block by block, as `CurvatureOperator.positive_part`."""
-        return self._named("positive_part", per_example=per_example)
+        """The nearest positive semidefinite operator, block by block, as `CurvatureOperator.positive_part`; `per_example` as
+        in `absolute`."""
+        return self._positive("positive_part", per_example)
+
+    def _positive(self, what: str, per_example: bool) -> "BlockDiagonal":
+        if not per_example:
+            return self._named(what)
+        operators, weight_of = self._operators(), {bias: weight for weight, bias in self.layers}
+        for bias, weight in tuple(weight_of.items()):
+            if not isinstance(operators[weight], KroneckerProductSum) or lx.is_positive_semidefinite(operators[bias]):
+                del weight_of[bias]
+        results = {}
+        for n, (path, operator) in enumerate(self.items()):
+            if n not in weight_of:
+                with naming(path):
+                    results[n] = getattr(operator, what)(per_example=True)
+        for bias, weight in weight_of.items():
+            Q = jnp.mean(results[weight].Q, axis=0)
+            results[bias] = Dense(Q, operators[bias].in_structure().shape, lx.positive_semidefinite_tag)
+        return BlockDiagonal(self._unflatten([results[n] for n in range(len(operators))]), layers=self.layers)
 
     def inverse(self, damping: Any = 0.0) -> "BlockDiagonal":
         """`(H + damping I)^-1`, block by block; `damping` is one number or a tree of them."""
@@ -240,9 +261,10 @@ class BlockDiagonal(StructuredOperator):
             if path in exact:
                 return exact[path]
             path = path.split("/")
-        node = self.blocks
+        operators = self._operators()
+        node = self._unflatten(list(range(len(operators))))
         for depth, entry in enumerate(path):
-            key, children = key_of(entry), children_of(node, _is_operator)
+            key, children = key_of(entry), children_of(node)
             if isinstance(node, tuple | list) and isinstance(key, int) and -len(node) <= key < len(node):
                 node = node[key]
             elif str(key) in children:
@@ -250,8 +272,13 @@ class BlockDiagonal(StructuredOperator):
             else:
                 here = "/".join(str(key_of(entry)) for entry in path[:depth])
                 raise KeyError(f"no block {str(key)!r} at {here!r}; there is {', '.join(children) or 'nothing below'}")
-        node = unwrapped(node, _is_operator)
-        return node if _is_operator(node) else BlockDiagonal(node)
+        node = unwrapped(node)
+        if isinstance(node, int):
+            return operators[node]
+        places = jax.tree.leaves(node)
+        inside = [pair for pair in self.layers if set(pair) <= set(places)]
+        layers = [(places.index(weight), places.index(bias)) for weight, bias in inside]
+        return BlockDiagonal(jax.tree.map(lambda n: operators[n], node), layers=layers)
 
     def __getitem__(self, key: Any) -> Any:
         return self.block((key,))

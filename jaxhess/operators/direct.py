@@ -24,7 +24,7 @@ from jaxhess.operators.eigen import Eigen, nearest_to_zero, refuse, rounding, si
 from jaxhess.operators.paths import leaves_like
 from jaxhess.operators.reduction import Reduction
 
-__all__ = ["Factorization", "diagonalised", "factored", "slogdet", "solution"]
+__all__ = ["Factorization", "diagonalised", "diagonalised_solution", "factored", "slogdet", "solution"]
 
 _STEPS = 4
 _VECTORS = 3
@@ -72,8 +72,8 @@ class Factorization:
         self._check_damping(damping)
         return slogdet(self)
 
-    def checked(self, what: str) -> "Factorization":
-        """Itself; raises `SingularError` where singular."""
+    def checked(self, what: str, result: Any = None) -> Any:
+        """`result`, by default itself; raises `SingularError` where singular."""
         size = self.reduction.columns.size
 
         def message() -> str:
@@ -86,7 +86,7 @@ class Factorization:
                 )
             return singular_message(what, size, self.damping, self.eigenvalue, self.tolerance)
 
-        return refuse(self.singular, SingularError, message, self)[0]
+        return refuse(self.singular, SingularError, message, self if result is None else result)[0]
 
     def _check_damping(self, damping: Any) -> None:
         known = not isinstance(damping, Tracer) and not isinstance(self.damping, Tracer)
@@ -185,3 +185,10 @@ def diagonalised(eigen: Eigen, damping: Any) -> Factorization:
     damping = jnp.asarray(damping, eigen.values.dtype)
     nearest, singular, tolerance = nearest_to_zero(eigen, damping)
     return Factorization(eigen, (), damping, nearest - damping, tolerance, singular, "eigh")
+
+
+@jax.jit
+def diagonalised_solution(eigen: Eigen, damping: Any, vector: PyTree) -> tuple[Factorization, PyTree]:
+    """`diagonalised` and `solution` in one program: for a held eigendecomposition the call takes more than the solve."""
+    factors = diagonalised(eigen, damping)
+    return factors, solution(factors, vector)

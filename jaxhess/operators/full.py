@@ -25,6 +25,7 @@ from jaxhess.operators.paths import Selection, below, find, leaves_like, paths_o
 from jaxhess.operators.restricted import JointHessian, RestrictedHessian
 from jaxhess.operators.solvable import Solvable
 from jaxhess.operators.support import (
+    as_array,
     as_scalar,
     as_tags,
     check_operator_fits,
@@ -108,10 +109,7 @@ class FullHessian(Solvable, StructuredOperator):
             jnp.shape(leaf) != shape or jnp.iscomplexobj(leaf) for leaf, (shape, _) in zip(leaves, shapes, strict=True)
         ):
             leaves_like("FullHessian.mv", self.in_structure(), vector)
-        cast = [
-            leaf if getattr(leaf, "dtype", None) == dtype else jnp.asarray(leaf, dtype)
-            for leaf, (_, dtype) in zip(leaves, shapes, strict=True)
-        ]
+        cast = [as_array(leaf, dtype) for leaf, (_, dtype) in zip(leaves, shapes, strict=True)]
         return jax.tree.unflatten(treedef, _product(self.product, self.point, self.factor, cast))
 
     def as_matrix(self):

@@ -187,7 +187,8 @@ class SpectralFunctions(lx.AbstractLinearOperator):
         if lx.is_positive_semidefinite(self):
             return self
         raise InputError(
-            f"{type(self).__name__}.{what}: there is no matrix of each example to take it of; leave out per_example"
+            f"{type(self).__name__}.{what}: there is no matrix of each example to take it of, as there is for a weight that "
+            "meets one vector of each example and, in the whole operator, for its bias; leave out per_example"
         )
 
     def inverse(self, damping: Any = 0.0) -> Any:

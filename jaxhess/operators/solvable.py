@@ -29,7 +29,7 @@ from jaxhess.operators.functions import (
 from jaxhess.operators.iterative import SolveInfo, iterative_solve
 from jaxhess.operators.mapped import require_symmetric
 from jaxhess.operators.paths import leaves_like
-from jaxhess.operators.support import sign_of
+from jaxhess.operators.support import as_array, sign_of
 from jaxhess.operators.vectors import measured
 
 __all__ = ["Solvable"]
@@ -61,11 +61,21 @@ class Solvable(SpectralFunctions):
     def _factored(self, damping: Any, method: str) -> direct.Factorization:
         damping, given = as_damping(self, damping), damping
         negative = sign_of(given) == -1
-        if method == "eigh" or (method == "auto" and self._held()):
+        if self._takes_eigen(method):
             return direct.diagonalised(self._eigen(), damping)
         positive = lx.is_positive_semidefinite(self) and not negative
         kind = method if method in ("cholesky", "lu") else "cholesky" if positive else "lu"
         return direct.factored(wide(self)._reduction(), damping, kind)
+
+    def _takes_eigen(self, method: str) -> bool:
+        return method == "eigh" or (method == "auto" and bool(self._held()))
+
+    def _factored_and_solved(self, damping: Any, method: str, vector: PyTree) -> tuple[direct.Factorization, PyTree]:
+        """The factorisation, and the solution, which is not checked."""
+        if self._takes_eigen(method):
+            return direct.diagonalised_solution(self._eigen(), as_damping(self, damping), vector)
+        factors = self._factored(damping, method)
+        return factors, direct.solution(factors, vector)
 
     def solve(
         self,
@@ -97,7 +107,7 @@ class Solvable(SpectralFunctions):
         leaves = leaves_like(name, structure, vector)
         shapes, treedef = jax.tree.flatten(structure)
         dtypes = [jnp.promote_types(s.dtype, jnp.float32) for s in shapes]
-        vector = jax.tree.unflatten(treedef, [jnp.asarray(x, dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+        vector = jax.tree.unflatten(treedef, [as_array(x, dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
         if not is_scalar(damping):
             options = {"method": method, "tolerance": tolerance, "max_steps": max_steps, "start": start}
             return self._solve_weighted(vector, damping, preconditioner=preconditioner, return_info=return_info, **options)
@@ -110,10 +120,9 @@ class Solvable(SpectralFunctions):
                 tolerance=tolerance, max_steps=max_steps, start=start, reason=reason,
             )  # fmt: skip
             return (solution, info) if return_info else _converged(name, solution, info)
-        factors = self._factored(damping, chosen)
+        factors, solution = self._factored_and_solved(damping, chosen, vector)
         if not return_info:
-            return direct.solution(factors.checked(name), vector)
-        solution = direct.solution(factors, vector)
+            return factors.checked(name, solution)
         residual = _residual(self, vector, solution, [factors.damping] * len(leaves))
         zero = jnp.zeros((), int)
         return solution, SolveInfo(factors.kind, reason, zero, residual, ~factors.singular, factors.eigenvalue)

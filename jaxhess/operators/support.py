@@ -66,7 +66,14 @@ def as_scalar(what: str, factor: Any, dtype: Any) -> Array:
         raise InputError(f"{what}: is real and can be multiplied by real scalars only, got a complex one")
     if jnp.ndim(scalar) != 0:
         raise InputError(f"{what}: can be multiplied by scalars only, got an array of shape {jnp.shape(scalar)}")
-    return jnp.asarray(scalar).astype(dtype)
+    return as_array(scalar, dtype)
+
+
+def as_array(value: Any, dtype: Any) -> Array:
+    """`value` as an array of this dtype; itself, without JAX's own checks, where it is one."""
+    if isinstance(value, jax.Array) and value.dtype == dtype and not value.weak_type:
+        return value
+    return jnp.asarray(value).astype(dtype)
 
 
 def sign_of(number: Any) -> float | None:
