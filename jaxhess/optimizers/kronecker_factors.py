@@ -6,7 +6,8 @@ For `(1/r) sum_ic b_ic kron(v_ic v_ic^T, z_i z_i^T)`, rows v of a Jacobian, by a
 
     A = sum_ic b_ic (z_i^T B z_i) v_ic v_ic^T / (r ||B||^2)        B = sum_ic b_ic (v_ic^T A v_ic) z_i z_i^T / (r ||A||^2)
 
-two matrix products each; for other blocks by `nearest_kronecker`.
+two matrix products each, from the B of an earlier block where there is one: over a run the rounds go on from block to block.
+For other blocks by `nearest_kronecker`.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,6 @@ from jaxhess.operators.nearest import nearest_kronecker
 
 __all__ = ["Nearest", "bias_side", "factors_of", "layout_of"]
 
-_ROUNDS = 1
 _MOST_NUMBERS = 2**27  # of the gradients of outputs
 
 
@@ -50,8 +50,9 @@ class Nearest(NamedTuple):
         return Nearest(self.B, self.A, None if exact is None else lambda U, V: exact(V, U).T)
 
 
-def factors_of(block: Any, with_bias: bool = False) -> Nearest:
-    """The factors in the layout of `layout_of`; `with_bias` of [W b] in the layer's own one, of `bias_side`."""
+def factors_of(block: Any, with_bias: bool = False, known: tuple[Array, Array] | None = None) -> Nearest:
+    """The factors in the layout of `layout_of`; `with_bias` of [W b] in the layer's own one, of `bias_side`. `known` are the
+    factors of a block that is near, of these sides or larger, zeros for none."""
     block = wide(block)
     layout = layout_of(block.in_structure().shape)
     if layout.n == 1 and not with_bias:
@@ -59,10 +60,11 @@ def factors_of(block: Any, with_bias: bool = False) -> Nearest:
     own = _own_layout(block) or layout
     along_axes = _own_layout(block) is not None and _side(own, layout) is not None
     if along_axes and _has_simple_rows(block):
-        found = _nearest_of_rows(block, with_bias)
-        return found if _side(own, layout) == 1 else found.swapped()
+        side = _side(own, layout)
+        found = _nearest_of_rows(block, with_bias, None if known is None else known[side or 0])
+        return found if side == 1 else found.swapped()
     if isinstance(block, GaussNewtonBlock) and not with_bias and _has_few_gradients(block):
-        return _nearest_of_gradients(block, layout)
+        return _nearest_of_gradients(block, layout, None if known is None else known[1])
     if with_bias:
         assert isinstance(block, KroneckerProductSum)
         Z = jnp.concatenate([block.Z, jnp.ones((len(block.Z), 1), block.Z.dtype)], axis=1)
@@ -127,7 +129,7 @@ def _diagonal_of_terms(terms: KroneckerProductSum) -> Callable[[Array, Array], A
     return exact
 
 
-def _nearest_of_rows(block: GaussNewtonBlock, with_bias: bool) -> Nearest:
+def _nearest_of_rows(block: GaussNewtonBlock, with_bias: bool, known: Array | None) -> Nearest:
     """In the layer's own layout, without the matrices Q of the examples."""
     J = block.jacobian
     use = J.uses[0]
@@ -152,13 +154,10 @@ def _nearest_of_rows(block: GaussNewtonBlock, with_bias: bool) -> Nearest:
         along = jnp.sum(weights[:, :, None] * matmul(V, U) ** 2, axis=1)
         return matmul(along.T, matmul(Z, W) ** 2)
 
-    A = _unit(left(_unit(matmul(Z.T, Z))))
-    for _ in range(_ROUNDS):
-        A = _unit(left(_unit(right(A))))
-    return Nearest(A, right(A), exact)
+    return Nearest(*_alternated(left, right, lambda: matmul(Z.T, Z), known), exact)
 
 
-def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout) -> Nearest:
+def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout, known: Array | None) -> Nearest:
     """A and B where a parameter meets several vectors of an example (along time, say): from the gradients G_ic (m, n) of the
     outputs themselves, `A = sum_ic b_ic G_ic B G_ic^T` and `B = sum_ic b_ic G_ic^T A G_ic`."""
     J = block.jacobian
@@ -179,10 +178,25 @@ def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout) -> Nearest:
     def exact(U: Array, W: Array) -> Array:
         return jnp.sum(weights * matmul(matmul(U.T, G), W) ** 2, axis=0)
 
-    A = _unit(left(jnp.eye(layout.n, dtype=G.dtype) / layout.n**0.5))
-    for _ in range(_ROUNDS):
-        A = _unit(left(_unit(right(A))))
-    return Nearest(A, right(A), exact)
+    return Nearest(*_alternated(left, right, lambda: jnp.eye(layout.n, dtype=G.dtype), known), exact)
+
+
+def _alternated(
+    left: Callable[[Array], Array], right: Callable[[Array], Array], first: Callable[[], Array], known: Array | None
+) -> tuple[Array, Array]:
+    """A and B by alternating least squares: half a round from the `known` B, more from the `first` one."""
+
+    def begun() -> Array:
+        return right(_unit(left(_unit(first()))))
+
+    if known is None:
+        B = begun()
+    else:
+        size = jax.eval_shape(begun).shape[0]
+        known = known[:size, :size]
+        B = jax.lax.cond(jnp.any(known != 0), lambda: known, begun)
+    A = _unit(left(_unit(B)))
+    return A, right(A)
 
 
 def _unit(X: Array) -> Array:

@@ -112,7 +112,8 @@ def averaged(blocks: BlockDiagonal, units: Sequence[Unit], old: Sequence[Factors
     for unit in units:
         path, block = items[unit.weight]
         with naming(path):
-            kept[unit.weight] = _averaged(old[unit.weight], factors_of(block, unit.bias is not None), weight)
+            own = old[unit.weight]
+            kept[unit.weight] = _averaged(own, factors_of(block, unit.bias is not None, (own.left, own.right)), weight)
     return tuple(kept)
 
 

@@ -37,6 +37,8 @@ __all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
 
 _LARGEST = 8192  # side of a factor
 _ITERATIONS = 20
+_BIG = 2**18  # parameters from which an iteration costs as much as the rest of a step
+_FIRST_DAMPING_OF_BIG = 1e-2
 
 
 class Memory(NamedTuple):
@@ -60,6 +62,7 @@ class _Prepared(NamedTuple):
 class _KroneckerNewton(Method):
     every: Any
     decay: Any
+    soon: bool  # the first factors are never kept for longer than the run has taken
     name: str = "kronecker_newton"
 
     def init(self, params: PyTree) -> PyTree:
@@ -84,7 +87,8 @@ class _KroneckerNewton(Method):
             good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
             return jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), new, memory), good
 
-        due = (memory.refreshed == 0) | (count - memory.last >= self.every)
+        age = jnp.minimum(self.every, memory.last + 1) if self.soon else self.every
+        due = (memory.refreshed == 0) | (count - memory.last >= age)
         memory, good = jax.lax.cond(due, refreshed, lambda memory: (memory, jnp.ones((), bool)), memory)
         return _Prepared(memory.factors, units, jnp.where(good, decay, jnp.nan)), memory
 
@@ -153,16 +157,22 @@ def scale_by_kronecker_newton(
     Args:
         every: how many updates the factors are kept for, >= 1.
         decay: of the running mean of factors, in [0, 1); the first ones count equally.
-        max_iterations, progress: conjugate gradient iterations, a product with P each, stop at that number (20), or after
-            one that lowers the quadratic model by less than the share `progress` of all. They start beside the last step,
-            so that momentum is a part of them; 1 is the minimum over learning rate and momentum alone, with no product but
-            two passes forward. They want learning_rate="exact" and momentum="exact"; with others there are none.
+        max_iterations, progress: conjugate gradient iterations, a product with P each, stop at that number, or after one
+            that lowers the quadratic model by less than the share `progress` of all. They start beside the last step, so
+            that momentum is a part of them; 1 is the minimum over learning rate and momentum alone, with no product but
+            two passes forward. By default 20, and 1 for more than 2^18 parameters. They want learning_rate="exact" and
+            momentum="exact"; with others there are none.
         damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`.
 
     Matrices (m, n) have factors of m and n rows, vectors one of all their rows, arrays of more axes one for the last axis
     and one for all others together. A bias that is added to the product with a weight, and used nowhere else, shares the
-    factors of the weight (`BlockDiagonal.layers`). `info.learning_rate` is the length of the first iteration's step,
-    `info.momentum` the factor of the last step that it begins with.
+    factors of the weight (`BlockDiagonal.layers`).
+
+    With more than 2^18 parameters the first factors are soon computed anew, after 1, 3, 7 and 15 updates, and the first λ is
+    0.01, not 1.
+
+    `info.learning_rate` is the length of the first iteration's step, `info.momentum` the factor of the last step that it
+    begins with.
 
     Raises as `scale_by_newton` does, and `InputError`, by path, for a parameter of more than 8192 rows on a side.
 
@@ -195,15 +205,30 @@ def scale_by_kronecker_newton(
     rule = levenberg_marquardt(1.0, decrease=1.07, release=2.0) if slow else as_rule("kronecker_newton", damping)
     if isinstance(rule, TrustRadius):
         raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
-    exact = isinstance(learning_rate, str) and isinstance(momentum, str)
-    most = _ITERATIONS if max_iterations is None else max_iterations
-    refinement = Refinement(most, progress) if exact and most > 1 else None
-    settings = Settings(
-        rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5, refinement=refinement
-    )
+    settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)
     settings = settings.checked("kronecker_newton")
-    made = transformation(_KroneckerNewton(every, decay), settings)
-    return Optimizer.of(made, Wanted("either", "diagonal", sampled=True))
+    exact = isinstance(learning_rate, str) and isinstance(momentum, str)
+
+    def made(big: bool) -> optax.GradientTransformationExtraArgs:
+        begun = dataclasses.replace(rule, initial=_FIRST_DAMPING_OF_BIG) if slow and big else rule
+        most = max_iterations or (1 if big else _ITERATIONS)
+        refinement = Refinement(most, progress) if exact and most > 1 else None
+        own = dataclasses.replace(settings, rule=begun, refinement=refinement)
+        return transformation(_KroneckerNewton(every, decay, big), own)
+
+    small, big = made(False), made(True)
+
+    def of(tree: PyTree) -> optax.GradientTransformationExtraArgs:
+        return big if sum(leaf.size for leaf in jax.tree.leaves(tree)) > _BIG else small
+
+    def init(params: PyTree) -> Any:
+        return of(params).init(params)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None, **others: Any) -> Any:
+        return of(updates).update(updates, state, params, **others)
+
+    chosen = optax.GradientTransformationExtraArgs(init, update)
+    return Optimizer.of(chosen, Wanted("either", "diagonal", sampled=True))
 
 
 def kronecker_newton(

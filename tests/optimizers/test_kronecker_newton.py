@@ -16,6 +16,7 @@ from jaxhess.optimizers import kronecker_newton, sampling, scale_by_kronecker_ne
 from jaxhess.optimizers.gauss_newton import _inverse as gauss_newton_inverse
 from jaxhess.optimizers.kronecker_factors import factors_of
 from jaxhess.optimizers.kronecker_inverse import Unit, averaged, no_factors, units_of
+from jaxhess.optimizers.state import find_state
 
 DAMPING = 0.5
 
@@ -265,6 +266,37 @@ def test_values_are_the_exact_diagonal_in_the_eigenvectors(helpers, kind):
         assert error_of["exact"] <= error_of["product"] * (1 + 1e-9) + 1e-12
 
 
+def test_big_networks_take_single_iterations_and_new_factors_soon():
+    """More than 2^18 parameters: 1, 2, 4 and 8 updates after the first factors, then every ten; each choice can be given."""
+    rng = np.random.default_rng(8)
+    shapes = {"a": (512, 2), "b": (512, 512), "c": (1, 512)}
+    params = {name: jnp.asarray(rng.normal(size=shape) / shape[1] ** 0.5, jnp.float32) for name, shape in shapes.items()}
+    batch = jnp.asarray(rng.normal(size=(4, 2)), jnp.float32), jnp.asarray(rng.normal(size=(4, 1)), jnp.float32)
+
+    def model(p, x):
+        return p["c"] @ jnp.tanh(p["b"] @ jnp.tanh(p["a"] @ x))
+
+    def run(optimizer, params, steps):
+        train = step((model, jaxhess.losses.squared_error), optimizer)
+        state, refreshed, iterations = optimizer.init(params), [], []
+        np.testing.assert_allclose(find_state(state).control.damping, 0.01 if len(params["b"]) == 512 else 1.0, rtol=1e-6)
+        for _ in range(steps):
+            params, state, metrics = train(params, state, *batch)
+            refreshed.append(int(find_state(state).memory.refreshed))
+            iterations.append(int(metrics.iterations))
+        assert metrics.loss < 1e-3
+        return refreshed, iterations
+
+    refreshed, iterations = run(kronecker_newton(), params, 27)
+    assert [n for n in range(27) if n == 0 or refreshed[n] > refreshed[n - 1]] == [0, 1, 3, 7, 15, 25]
+    assert set(iterations) == {0}
+    assert 0 not in run(kronecker_newton(max_iterations=2), params, 12)[1]
+    smaller = {"a": params["a"][:8], "b": params["b"][:8, :8], "c": params["c"][:, :8]}
+    refreshed, iterations = run(kronecker_newton(), smaller, 30)
+    assert refreshed == [1] * 10 + [2] * 10 + [3] * 10
+    assert max(iterations) > 1
+
+
 def relative(A, B, dense):
     return np.linalg.norm(np.kron(A, B) - dense) / np.linalg.norm(dense)
 
@@ -273,11 +305,14 @@ def test_factors_are_nearly_the_nearest(long_net):
     for _, block in curvature(long_net).items():
         if len(block.in_structure().shape) == 1:
             continue
-        A, B, _ = factors_of(block)
         nearest = jaxhess.operators.nearest_kronecker(block)
-        assert relative(A, B, block.as_matrix()) <= 1.01 * float(nearest.relative_error) + 1e-9
-        for factor in (A, B):
-            assert np.linalg.eigvalsh(factor)[0] > -1e-12
+        A, B, _ = factors_of(block)
+        none = jnp.zeros_like(A), jnp.zeros_like(B)
+        for known in (None, none, (A, B), (jnp.pad(A, (0, 1)), jnp.pad(B, (0, 1)))):
+            A, B, _ = factors_of(block, known=known)
+            assert relative(A, B, block.as_matrix()) <= 1.01 * float(nearest.relative_error) + 1e-9
+            for factor in (A, B):
+                assert np.linalg.eigvalsh(factor)[0] > -1e-12
 
 
 def test_the_mean_over_the_run(helpers):
