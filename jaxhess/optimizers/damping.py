@@ -34,6 +34,7 @@ class Control(NamedTuple):
     growth: Array  # ν
     scale: Array  # what a refused step with constant damping is multiplied by when it is tried again
     strength: Array  # γ, the damping of an approximate inverse, where that is chosen apart from λ
+    level: Array  # twice the λ that an update began with whose first attempt was refused; infinite before any was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,8 @@ class LevenbergMarquardt:
         del length
         # The cube of a ratio far from 1 would overflow in float32; its factor is the same from -1 on.
         bounded = jnp.clip(ratio, -1, 2)
-        least = jnp.where(share > _MOST_SHARE, 1 / (self.release or self.decrease), 1 / self.decrease)
+        raised = control.damping > control.level
+        least = jnp.where((share > _MOST_SHARE) | raised, 1 / (self.release or self.decrease), 1 / self.decrease)
         factor = jnp.clip(1 - (2 * bounded - 1) ** 3, least, 2.0)
         return self._limited(control, control.damping * factor, jnp.full_like(control.growth, _GROWTH))
 
@@ -90,7 +92,8 @@ class LevenbergMarquardt:
         del length
         growth = jnp.minimum(control.growth * 2, _MOST_GROWTH)
         refused = self._limited(control, control.damping * control.growth, growth)
-        return refused._replace(strength=control.strength * control.growth)
+        level = jnp.where(control.growth == _GROWTH, _GROWTH * control.damping, control.level)
+        return refused._replace(strength=control.strength * control.growth, level=level)
 
     def _limited(self, control: Control, damping: Array, growth: Array) -> Control:
         return control._replace(damping=jnp.clip(damping, self.least, self.most), growth=growth)
@@ -134,7 +137,7 @@ class TrustRadius:
 
 def _begun(damping: Any, dtype: Any) -> Control:
     damping = jnp.asarray(damping, dtype)
-    return Control(damping, jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype), damping)
+    return Control(damping, jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype), damping, jnp.full((), jnp.inf, dtype))
 
 
 Rule = Constant | LevenbergMarquardt | TrustRadius
@@ -167,7 +170,8 @@ def levenberg_marquardt(
         decrease: what λ is divided by, at most, after a step: > 1.
         least, most: bounds of λ.
         release: what λ is divided by, at most, after a step along which it is more than 4/5 of the curvature: one that it
-            alone has limited. At least `decrease`, its default.
+            alone has limited; and while it is above twice what it was when a step was last refused: one refused update
+            can raise it a thousandfold. At least `decrease`, its default.
 
     Raises `InputError` for numbers out of range. Source: Levenberg (1944), Marquardt (1963); the update is that of Nielsen,
     "Damping parameter in Marquardt's method" (1999).

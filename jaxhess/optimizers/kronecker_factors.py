@@ -10,6 +10,7 @@ two matrix products each, from the B of an earlier block where there is one: ove
 For other blocks by `nearest_kronecker`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -163,21 +164,22 @@ def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout, known: Array 
     J = block.jacobian
     count = J.examples * J.outputs
     G = jax.vmap(layout.to_matrix)(J.dense().reshape(count, *J.shape))
-    weights = jnp.ones(count, G.dtype) if block.curvature is None else block.curvature.reshape(-1)
-    weights = (block.factor / J.examples * weights)[:, None, None]
-    by_row, by_column = (jnp.moveaxis(X, 1, 0).reshape(X.shape[1], -1) for X in (G, jnp.swapaxes(G, 1, 2)))
+    factor = block.factor / J.examples
+    by_row, by_column = jnp.moveaxis(G, 1, 0), jnp.moveaxis(G, 2, 0)  # so that all products below are of two matrices
 
-    def left(B: Array) -> Array:
-        weighted = weights * matmul(G, B)
-        return symmetrise(matmul(by_row, jnp.moveaxis(weighted, 1, 0).reshape(layout.m, -1).T))
+    def weighted(X: Array) -> Array:
+        return X if block.curvature is None else block.curvature.reshape(1, -1, 1) * X
 
-    def right(A: Array) -> Array:
-        weighted = weights * matmul(jnp.swapaxes(G, 1, 2), A)
-        return symmetrise(matmul(by_column, jnp.moveaxis(weighted, 1, 0).reshape(layout.n, -1).T))
+    def side(X: Array, other: Array) -> Array:
+        """`sum_ic b_ic X_ic other X_ic^T`, of X (rows, examples, columns)."""
+        product = weighted(matmul(X, other))
+        return factor * symmetrise(matmul(X.reshape(len(X), -1), product.reshape(len(X), -1).T))
 
     def exact(U: Array, W: Array) -> Array:
-        return jnp.sum(weights * matmul(matmul(U.T, G), W) ** 2, axis=0)
+        turned = matmul(U.T, by_row.reshape(layout.m, -1)).reshape(-1, count, layout.n)
+        return factor * jnp.sum(weighted(matmul(turned, W) ** 2), axis=1)
 
+    left, right = functools.partial(side, by_row), functools.partial(side, by_column)
     return Nearest(*_alternated(left, right, lambda: jnp.eye(layout.n, dtype=G.dtype), known), exact)
 
 

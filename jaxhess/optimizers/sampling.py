@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from jaxhess._linalg import add_diagonal
 from jaxhess._typing import Array, PyTree
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.transforms import fisher, gauss_newton
 
 __all__ = ["sampled_curvature"]
+
+_FEW = 24
 
 
 def sampled_curvature(
@@ -46,10 +49,24 @@ def sampled_curvature(
 
 
 def _times_root(B: Array, signs: Array) -> Array:
-    """L ε for the Cholesky factors of semidefinite B_i = L L^T (r, M, M), of which a pivot that is zero up to rounding, as
-    one of softmax is, has a column of zeros."""
-    diagonals = jnp.diagonal(B, axis1=1, axis2=2)
-    floor = B.shape[1] * jnp.finfo(B.dtype).eps * jnp.max(diagonals, axis=1)
+    """L ε for Cholesky factors of semidefinite B_i = L L^T (r, M, M), softmax's singular ones too.
+
+    Many outputs by LAPACK, of B_i plus a few units of its rounding; where one of them is no semidefinite matrix even so, and
+    for few outputs, column by column.
+    """
+    size = signs.shape[1]
+    largest = jnp.max(jnp.diagonal(B, axis1=1, axis2=2), axis=1)
+    floor = size * jnp.finfo(B.dtype).eps * largest
+    if size <= _FEW:
+        return _eliminated(B, signs, floor)
+    some = largest > 0
+    factors = jnp.linalg.cholesky(add_diagonal(B, jnp.where(some, 4 * floor, 1)[:, None] * jnp.ones_like(signs)))
+    results = jnp.where(some[:, None], jnp.sum(factors * signs[:, None, :], axis=2), 0)
+    return jax.lax.cond(jnp.all(jnp.isfinite(results)), lambda: results, lambda: _eliminated(B, signs, floor))
+
+
+def _eliminated(B: Array, signs: Array, floor: Array) -> Array:
+    """L ε, where a pivot that is zero up to rounding, `floor` (r,), has a column of zeros."""
 
     def eliminated(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         left, total = carry

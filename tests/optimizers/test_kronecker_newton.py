@@ -428,3 +428,20 @@ def test_refusals(net):
     wrong = BlockDiagonal({"hidden": curvature(net).blocks["hidden"], "out": Dense(jnp.eye(6), (3, 2))})
     with pytest.raises(InputError, match="out"):
         optimizer.update(net.params, optimizer.init(net.params), net.params, curvature=lambda: wrong, value=1.0)
+
+
+@pytest.mark.parametrize("steps", [2, 14])
+def test_roots_of_curvatures_of_few_and_of_many_outputs(helpers, steps):
+    """Softmax at each of some steps: a singular matrix of three rows for each; and an example that counts for nothing."""
+    rng = np.random.default_rng(9)
+    p = jax.nn.softmax(jnp.asarray(rng.normal(size=(4, steps, 3))))
+    blocks = p[..., None] * (jnp.eye(3)[None, None] - p[..., None, :])
+    B = jnp.stack([jax.scipy.linalg.block_diag(*each) for each in blocks]).at[2].set(0)
+    units = jnp.eye(3 * steps)
+    columns = jax.vmap(lambda unit: sampling._times_root(B, jnp.tile(unit, (4, 1))), out_axes=2)
+    L = np.asarray(columns(units))
+    helpers.close(L @ L.transpose(0, 2, 1), B, 1e-13)
+    indefinite = B.at[1].add(-0.1 * jnp.eye(3 * steps))
+    found = sampling._times_root(indefinite, jnp.ones((4, 3 * steps)))
+    assert np.all(np.isfinite(found))
+    helpers.close(found[0], L[0] @ np.ones(3 * steps), 1e-6)
