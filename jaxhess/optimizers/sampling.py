@@ -59,7 +59,7 @@ def _times_root(B: Array, signs: Array) -> Array:
     floor = size * jnp.finfo(B.dtype).eps * largest
     if size <= _FEW:
         return _eliminated(B, signs, floor)
-    some = largest > 0
+    some = ~(largest <= 0)  # what is not a number included
     factors = jnp.linalg.cholesky(add_diagonal(B, jnp.where(some, 4 * floor, 1)[:, None] * jnp.ones_like(signs)))
     results = jnp.where(some[:, None], jnp.sum(factors * signs[:, None, :], axis=2), 0)
     return jax.lax.cond(jnp.all(jnp.isfinite(results)), lambda: results, lambda: _eliminated(B, signs, floor))

@@ -445,3 +445,4 @@ def test_roots_of_curvatures_of_few_and_of_many_outputs(helpers, steps):
     found = sampling._times_root(indefinite, jnp.ones((4, 3 * steps)))
     assert np.all(np.isfinite(found))
     helpers.close(found[0], L[0] @ np.ones(3 * steps), 1e-6)
+    assert np.all(np.isnan(sampling._times_root(B.at[1].set(jnp.nan), jnp.ones((4, 3 * steps)))[1]))
