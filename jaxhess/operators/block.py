@@ -203,11 +203,12 @@ class BlockDiagonal(StructuredOperator):
     def _positive(self, what: str, per_example: bool) -> "BlockDiagonal":
         if not per_example:
             return self._named(what)
-        operators, weight_of = self._operators(), {bias: weight for weight, bias in self.layers}
-        for bias, weight in tuple(weight_of.items()):
-            if not isinstance(operators[weight], KroneckerProductSum) or lx.is_positive_semidefinite(operators[bias]):
-                del weight_of[bias]
-        results = {}
+        operators, results = self._operators(), {}
+        weight_of = {
+            bias: weight
+            for weight, bias in self.layers
+            if isinstance(operators[weight], KroneckerProductSum) and not lx.is_positive_semidefinite(operators[bias])
+        }
         for n, (path, operator) in enumerate(self.items()):
             if n not in weight_of:
                 with naming(path):

@@ -375,6 +375,14 @@ def test_nothing_is_compiled_twice(rng, helpers):
     assert len(counted) == before
 
 
+def test_public_methods_go_through_transformations_as_pytrees(rng, helpers):
+    """They do in Equinox; methods for inner use, and sizes, are plain ones, which cost a twentieth."""
+    H, X = kronecker(rng, helpers, 3, 3, 4), jnp.asarray(rng.standard_normal((3, 4)))
+    close(jax.jit(lambda method, *arguments: method(*arguments))(H.solve, X, 9.0), H.solve(X, 9.0))
+    assert len(jax.tree.leaves(H.mv)) == len(jax.tree.leaves(H))
+    assert H._held.__self__ is H.in_size.__self__ is H
+
+
 def test_per_example_forms_keep_the_structure(rng, helpers):
     H = kronecker(rng, helpers, 3, 3, 4)
     values, vectors = np.linalg.eigh(H.Q)

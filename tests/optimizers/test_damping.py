@@ -52,6 +52,28 @@ def test_damping_that_is_most_of_the_curvature_falls_faster():
         levenberg_marquardt(release=2.0)
 
 
+def test_damping_that_a_refused_update_raised_falls_faster_until_it_is_near_where_it_was():
+    rule = levenberg_marquardt(0.5, decrease=1.25, release=2.0)
+    control = rule.start(jnp.float64)
+
+    def taken(control):
+        return rule.taken(control, jnp.asarray(1.0), LENGTH, HALF)
+
+    for _ in range(3):
+        control = rule.refused(control, LENGTH)
+    assert (control.damping, control.level) == (32.0, 1.0)
+    for expected in (16, 8, 4, 2, 1, 0.8, 0.64):
+        control = taken(control)
+        np.testing.assert_allclose(control.damping, expected, rtol=1e-12)
+    control = rule.refused(control, LENGTH)
+    np.testing.assert_allclose([control.damping, control.level], 1.28, rtol=1e-12)
+    without = levenberg_marquardt(0.5, decrease=1.25)
+    control = without.refused(without.refused(control, LENGTH), LENGTH)
+    np.testing.assert_allclose(
+        without.taken(control, jnp.asarray(1.0), LENGTH, HALF).damping, control.damping / 1.25, rtol=1e-12
+    )
+
+
 def test_levenberg_marquardt_stays_in_its_bounds():
     rule = levenberg_marquardt(1.0, decrease=10.0, least=0.05, most=100.0)
     control = rule.start(jnp.float32)
