@@ -21,7 +21,7 @@ from jaxhess.optimizers.damping import Control, Rule
 from jaxhess.optimizers.masking import completed, product_of_kept, restricted
 from jaxhess.optimizers.method import Method, Settings
 from jaxhess.optimizers.quadratic import Quadratic
-from jaxhess.optimizers.state import SOLVERS, SecondOrderState, StepInfo
+from jaxhess.optimizers.state import SOLVERS, SecondOrderState, StepInfo, failures_message
 
 __all__ = ["transformation"]
 
@@ -35,7 +35,8 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         previous = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
         nothing = jnp.full((), jnp.nan, dtype)
         zero = jnp.zeros((), jnp.int32)
-        info = StepInfo(nothing, nothing, nothing, nothing, jnp.zeros((), bool), zero, zero, nothing, nothing, nothing, zero)
+        no = jnp.zeros((), bool)
+        info = StepInfo(nothing, nothing, nothing, nothing, no, zero, zero, nothing, nothing, nothing, zero, no)
         state = SecondOrderState(
             zero, settings.rule.start(dtype), zero, nothing, previous if settings.keeps_steps else (), method.init(params),
             info,
@@ -52,6 +53,7 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         value_fn: Callable[[PyTree], Array] | None = None,
         product: Any = None,
         all_params: PyTree = None,
+        raise_failures: bool = True,
         **others: Any,
     ) -> tuple[PyTree, SecondOrderState]:
         del others
@@ -93,9 +95,13 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         by = evaluate if value_fn is not None else None
         tries = Problem(method, settings, prepared, model, state.previous, count, value, by).solved(control, finite)
         control = where(finite, tries.control, settings.rule.refused(control, jnp.full_like(control.damping, jnp.nan)))
-        failures = _failures(name, settings, state, tries, finite)
+        failed = ~finite | ~jnp.isfinite(norm(tries.step)) | ~jnp.isfinite(tries.predicted)
+        failures = jnp.where(failed, state.failures + 1, 0).astype(jnp.int32)
+        too_many = failures >= settings.failures
+        if raise_failures:
+            failures = eqx.error_if(failures, too_many, failures_message(name, _number(settings.failures)))
         step = jax.tree.map(lambda s: jnp.where(tries.accepted, s, 0), tries.step)
-        info = like(state.info, _info(value, tries, method.solver(prepared)))
+        info = like(state.info, _info(value, tries, method.solver(prepared), too_many))
         previous = step if settings.keeps_steps else ()
         new_state = SecondOrderState(count + 1, like(state.control, control), failures, value, previous, memory, info)
         return jax.tree.map(lambda s, u: -s.astype(u.dtype), step, updates), new_state
@@ -121,23 +127,11 @@ def _model_by_products(name: str, product: Any, gradient: PyTree, all_params: Py
     return Quadratic(gradient, multiply, forms if hasattr(product, "forms") else None)
 
 
-def _failures(name: str, settings: Settings, state: SecondOrderState, tries: Attempts, finite: Array) -> Array:
-    """How many updates in a row have failed, this one counted; an error once they are too many."""
-    failed = ~finite | ~jnp.isfinite(norm(tries.step)) | ~jnp.isfinite(tries.predicted)
-    failures = jnp.where(failed, state.failures + 1, 0).astype(jnp.int32)
-    return eqx.error_if(
-        failures,
-        failures >= settings.failures,
-        f"{name}: {_number(settings.failures)} updates in a row met a loss, gradient or curvature that is not finite, "
-        "and were not taken. Look at the data and at the loss at these parameters; more damping does not mend it.",
-    )
-
-
-def _info(value: Array, tries: Attempts, solver: str) -> StepInfo:
+def _info(value: Array, tries: Attempts, solver: str, failed: Array) -> StepInfo:
     code = jnp.asarray(SOLVERS.index(solver), jnp.int32)
     return StepInfo(
         value, tries.new_value, tries.predicted, tries.ratio, tries.accepted, tries.tried, tries.iterations,
-        tries.residual, tries.learning_rate, tries.momentum, code,
+        tries.residual, tries.learning_rate, tries.momentum, code, failed,
     )  # fmt: skip
 
 

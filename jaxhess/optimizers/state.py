@@ -8,7 +8,7 @@ import optax
 from jaxhess._typing import Array, PyTree
 from jaxhess.optimizers.damping import Control
 
-__all__ = ["SOLVERS", "Optimizer", "SecondOrderState", "StepInfo", "Wanted", "find_state"]
+__all__ = ["SOLVERS", "Optimizer", "SecondOrderState", "StepInfo", "Wanted", "failures_message", "find_state", "find_states"]
 
 SOLVERS = (
     "none",
@@ -40,6 +40,7 @@ class StepInfo(NamedTuple):
     learning_rate: Array
     momentum: Array
     solver: Array  # int32
+    failed: Array  # bool: whether too many updates in a row met a number which is not finite
 
     @property
     def solver_name(self) -> str:
@@ -85,10 +86,20 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
 def find_state(state: Any) -> SecondOrderState | None:
     """The first `SecondOrderState` within an optimizer's state, that of a chain say; None where there is none."""
-    for node in jax.tree.leaves(state, is_leaf=_is_state):
-        if _is_state(node):
-            return node
-    return None
+    return next(iter(find_states(state)), None)
+
+
+def find_states(state: Any) -> list[SecondOrderState]:
+    """Every `SecondOrderState` within an optimizer's state."""
+    return [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
+
+
+def failures_message(name: str, count: Any) -> str:
+    """What is said of too many failures."""
+    return (
+        f"{name}: {count} updates in a row met a loss, gradient or curvature that is not finite, and were not taken. Look at "
+        "the data and at the loss at these parameters; more damping does not mend it."
+    )
 
 
 def _is_state(node: Any) -> bool:

@@ -4,16 +4,16 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.optimizers.gauss_newton import choose_solver
 from jaxhess.optimizers.products import value_grad_and_linearised
 from jaxhess.optimizers.sampling import sampled_curvature
-from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, find_state
+from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, failures_message, find_state, find_states
 from jaxhess.transforms import gauss_newton, gauss_newton_vp, hessian, hvp, linearized_hvp, value_grad_and_hessian
 from jaxhess.transforms.checks import check_option, hashable
 
@@ -71,6 +71,8 @@ def step(
 
     Raises:
         InputError: if Gauss-Newton is wanted of a loss alone, or for options that are not known.
+        RuntimeError: by the function, when `max_failures` updates in a row met a number that is not finite; in a loop that
+            never looks at its results, maybe some calls later.
 
     >>> import jax.numpy as jnp, jaxhess
     >>> from jaxhess import optimizers
@@ -130,19 +132,41 @@ def step(
         value, gradient = jax.value_and_grad(mean)(params, *batch)
         return value, gradient, {"curvature": evaluate(params, *batch)}
 
-    @eqx.filter_jit  # whose errors are those that were raised, where jax.jit's are callbacks that failed
-    def train(params: PyTree, state: Any, *batch: PyTree) -> tuple[PyTree, Any, Metrics]:
+    def body(params: PyTree, state: Any, *batch: PyTree, raise_failures: bool) -> tuple[PyTree, Any, Metrics]:
         own = find_state(state)
         wanted = _wanted(*options, second_order=own is not None)
         value, gradient, extra = arguments(wanted, 0 if own is None else own.count, params, *batch)
         if own is not None:
-            extra["all_params"] = params
+            extra |= {"all_params": params, "raise_failures": raise_failures}
         updates, state = update(
             gradient, state, params, value=value, grad=gradient, value_fn=lambda p: mean(p, *batch), **extra
         )
         return optax.apply_updates(params, updates), state, _metrics(value, find_state(state))
 
+    compiled = jax.jit(body, static_argnames="raise_failures")
+
+    def train(params: PyTree, state: Any, *batch: PyTree) -> tuple[PyTree, Any, Metrics]:
+        """`(params, state, *batch)` -> `(params, state, metrics)`."""
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, state, batch))):
+            return compiled(params, state, *batch, raise_failures=True)
+        # Without callbacks within: such programs are slower to call, and their errors say "INTERNAL" before anything else.
+        found = compiled(params, state, *batch, raise_failures=False)
+        _raise_failures(state, found[1])
+        return found
+
     return train
+
+
+def _raise_failures(before: Any, after: Any) -> None:
+    """An error for too many failures in a row, without waiting for a step that has no reason to be one of them."""
+    for old, new in zip(find_states(before), find_states(after), strict=True):
+        doubtful = _is_ready(old.failures) and int(old.failures) > 0
+        if (doubtful or _is_ready(new.info.failed)) and bool(new.info.failed):
+            raise RuntimeError(failures_message("optimizers.step", int(new.failures)))
+
+
+def _is_ready(x: Any) -> bool:
+    return not isinstance(x, jax.Array) or x.is_ready()  # a restored state may have NumPy's arrays
 
 
 class _Error:

@@ -237,13 +237,61 @@ def test_failures_are_raised_with_a_clear_message(net):
     assert not metrics.accepted
     assert np.isnan(metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, params, net.params)
-    with pytest.raises(RuntimeError, match="newton: 2 updates in a row") as raised:
+    with pytest.raises(RuntimeError, match="optimizers.step: 2 updates in a row") as raised:
         jax.block_until_ready(train(params, state, *spoiled))
     assert "INTERNAL" not in str(raised.value)
     # The state before it is good for more.
     params, state, metrics = train(params, state, *net.batch)
     assert metrics.accepted
     assert optimizers.find_state(state).failures == 0
+
+
+def test_failures_of_any_part_and_of_restored_states_are_raised(net):
+    optimizer = optax.partition(
+        {"a": newton(max_failures=3), "b": newton(max_failures=2)},
+        lambda params: {key: "ab"[n % 2] for n, key in enumerate(params)},
+    )
+    train, state = step(net.error, optimizer), optimizer.init(net.params)
+    xs, ts = net.batch
+    spoiled = xs, ts.at[0, 0].set(jnp.nan)
+    params, state, _ = train(net.params, state, *spoiled)
+    restored = jax.tree.map(np.asarray, state)
+    with pytest.raises(RuntimeError, match="optimizers.step: 2 updates in a row"):
+        train(params, restored, *spoiled)
+
+
+def test_failures_within_a_loop_are_raised_by_it(net):
+    optimizer = newton(max_failures=3)
+    train, state = step(net.error, optimizer), optimizer.init(net.params)
+    xs, ts = net.batch
+    spoiled = xs, ts.at[0, 0].set(jnp.nan)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def several(params, state, count):
+        return jax.lax.fori_loop(0, count, lambda _, at: train(*at, *spoiled)[:2], (params, state))
+
+    _, after = several(net.params, state, 2)
+    assert find_state(after).failures == 2
+    assert not find_state(after).info.failed
+    with pytest.raises((RuntimeError, ValueError), match="newton: 3 updates in a row"):
+        jax.block_until_ready(several(net.params, state, 3))
+
+
+def test_failures_that_are_not_raised_are_reported(net):
+    optimizer = newton(max_failures=2)
+    state = optimizer.init(net.params)
+
+    @jax.jit
+    def update(state):
+        value, grads, H = jaxhess.value_grad_and_hessian(net.error)(net.params, *net.batch)
+        spoiled = jax.tree.map(lambda g: g * jnp.nan, grads)
+        return optimizer.update(spoiled, state, net.params, curvature=H, value=value, value_fn=None, raise_failures=False)
+
+    assert "callback" not in update.lower(state).as_text()
+    for number in range(1, 4):
+        _, state = update(state)
+        assert find_state(state).failures == number
+        assert find_state(state).info.failed == (number >= 2)
 
 
 def test_find_state(net):
