@@ -97,8 +97,8 @@ def find_states(state: Any) -> list[SecondOrderState]:
 def failures_message(name: str, count: Any) -> str:
     """What is said of too many failures."""
     return (
-        f"{name}: {count} updates in a row met a loss, gradient or curvature that is not finite, and were not taken. Look at "
-        "the data and at the loss at these parameters; more damping does not mend it."
+        f"{name}: {count} updates in a row met a loss, gradient or curvature that is not finite, and were not taken. Look "
+        "at the data and at the loss at these parameters; more damping does not mend it."
     )
 
 

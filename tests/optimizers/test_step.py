@@ -237,7 +237,7 @@ def test_failures_are_raised_with_a_clear_message(net):
     assert not metrics.accepted
     assert np.isnan(metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, params, net.params)
-    with pytest.raises(RuntimeError, match="optimizers.step: 2 updates in a row") as raised:
+    with pytest.raises(RuntimeError, match=r"optimizers\.step: 2 updates in a row") as raised:
         jax.block_until_ready(train(params, state, *spoiled))
     assert "INTERNAL" not in str(raised.value)
     # The state before it is good for more.
@@ -256,7 +256,7 @@ def test_failures_of_any_part_and_of_restored_states_are_raised(net):
     spoiled = xs, ts.at[0, 0].set(jnp.nan)
     params, state, _ = train(net.params, state, *spoiled)
     restored = jax.tree.map(np.asarray, state)
-    with pytest.raises(RuntimeError, match="optimizers.step: 2 updates in a row"):
+    with pytest.raises(RuntimeError, match=r"optimizers\.step: 2 updates in a row"):
         train(params, restored, *spoiled)
 
 
