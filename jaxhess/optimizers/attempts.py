@@ -14,8 +14,16 @@ from jaxhess._typing import Array, PyTree
 from jaxhess.operators.vectors import dot, like, norm, times, where
 from jaxhess.optimizers.conjugate import minimise
 from jaxhess.optimizers.damping import Control
+from jaxhess.optimizers.flattened import flattened, flattening
 from jaxhess.optimizers.method import Method, Settings
-from jaxhess.optimizers.quadratic import Combination, Quadratic, best_combination, best_length, combination_of
+from jaxhess.optimizers.quadratic import (
+    Combination,
+    Quadratic,
+    Restricted,
+    best_combination,
+    best_length,
+    combination_of,
+)
 
 __all__ = ["Attempts", "Problem"]
 
@@ -61,6 +69,11 @@ class Problem:
 
     def solved(self, control: Control, proceed: Array) -> Attempts:
         """Attempts until a step is taken; none where `proceed` does not hold."""
+        both = flattening(self.model.gradient)
+        if both is not None:
+            ravel, unravel = both
+            found = self._flattened(ravel, unravel).solved(control, proceed)
+            return found._replace(step=unravel(found.step))
         nothing, zero = jnp.full((), jnp.nan, self.value.dtype), jnp.zeros((), jnp.int32)
         start = Attempts(
             control, jax.tree.map(jnp.zeros_like, self.model.gradient), nothing, nothing, nothing, jnp.zeros((), bool), zero,
@@ -72,6 +85,13 @@ class Problem:
             return proceed & ~a.accepted & (a.tried < most)
 
         return jax.lax.while_loop(unfinished, lambda a: like(a, self._attempt(a)), start)
+
+    def _flattened(self, ravel: Callable[[PyTree], Array], unravel: Callable[[Array], PyTree]) -> "Problem":
+        method, model = flattened(self.method, self.model, ravel, unravel)
+        evaluate = self.evaluate
+        by = None if evaluate is None else lambda step: evaluate(unravel(step))
+        previous = ravel(self.previous) if jax.tree.leaves(self.previous) else ()
+        return dataclasses.replace(self, method=method, model=model, previous=previous, evaluate=by)
 
     def _attempt(self, before: Attempts) -> Attempts:
         found = self._proposed(before.control)
@@ -109,17 +129,16 @@ class Problem:
         every, refinement = self.settings.tuned_every, self.settings.refinement
         if not every:
             found = self.method.direction(self.prepared, self.model.gradient, control.damping, self.previous)
-            combination, _ = self._combined([found.step], found.damping)[0]
+            combination, _ = self._combined(_stacked(found.step), found.damping)
             return _Proposal(combination, found.iterations, found.residual, control)
 
         def chosen(control: Control) -> tuple[Array, Combination]:
             strengths = control.strength * jnp.asarray([1 / _RATIO, 1, _RATIO], control.strength.dtype)
-            combinations, gains = zip(*self._candidates(strengths, control.damping), strict=True)
-            best = jnp.argmax(jnp.where(jnp.isfinite(jnp.stack(gains)), jnp.stack(gains), -jnp.inf))
-            return strengths[best], jax.tree.map(lambda *parts: jnp.stack(parts)[best], *combinations)
+            combination, best = self._combined(self._directions(strengths), control.damping)
+            return strengths[best], combination
 
         def same(control: Control) -> tuple[Array, Combination]:
-            return control.strength, self._candidates(control.strength[None], control.damping)[0][0]
+            return control.strength, self._combined(self._directions(control.strength[None]), control.damping)[0]
 
         due = self.count % every == 0
         if refinement is None:
@@ -137,37 +156,49 @@ class Problem:
         residual = found.residual.astype(control.damping.dtype)
         return _Proposal(found.combination, found.iterations, residual, control._replace(strength=strength))
 
-    def _candidates(self, strengths: Array, damping: Array) -> list[tuple[Combination, Array]]:
-        """For each damping of the approximate inverse the step, and what the model falls by."""
+    def _directions(self, strengths: Array) -> PyTree:
+        """For each damping of the approximate inverse the direction, stacked."""
 
-        def step(strength: Array) -> PyTree:
+        def direction(strength: Array) -> PyTree:
             return self.method.direction(self.prepared, self.model.gradient, strength, self.previous).step
 
-        return self._combined([step(strengths[n]) for n in range(len(strengths))], damping)
+        return jax.vmap(direction)(strengths) if len(strengths) > 1 else _stacked(direction(strengths[0]))
 
-    def _combined(self, directions: list[PyTree], damping: Array) -> list[tuple[Combination, Array]]:
-        """Each direction with its learning rate and momentum, given or from the quadratic model, and the model's fall."""
+    def _combined(self, directions: PyTree, damping: Array) -> tuple[Combination, Array]:
+        """Of k directions, stacked, the one that the model likes best, with its learning rate and momentum, given or from
+        the model; and which one it is."""
         settings = self.settings
         exact = isinstance(settings.learning_rate, str)
         both = exact and isinstance(settings.momentum, str)
         moving = settings.momentum is not None
-        vectors = [*directions, self.previous] if moving else directions
-        model = self.model.restricted(vectors)
+        k = len(jax.tree.leaves(directions)[0])
+        last = [_stacked(self.previous)] if moving else []
+        model = self.model.restricted(jax.tree.map(lambda *parts: jnp.concatenate(parts), directions, *last))
         momentum = None if both or not moving else _scheduled(settings.momentum, self.count)
-        results = []
-        for n, direction in enumerate(directions):
-            plane = model.part([n, len(directions)] if moving else [n])
+
+        def plane(n: Array) -> Restricted:
+            return model.part(jnp.stack([n, jnp.full_like(n, k)]) if moving else n[None])
+
+        def coefficients(plane: Restricted) -> Array:
             if both:
-                coefficients = best_combination(plane, damping)
-            elif exact:
-                coefficients = best_length(plane, damping, momentum if moving else 0.0)
-            else:
-                rate = _scheduled(settings.learning_rate, self.count)
-                given = [rate, momentum] if moving else [rate]
-                coefficients = jnp.stack([jnp.asarray(each, model.forms.dtype) for each in given])
-            parts = [direction, self.previous] if moving else [direction]
-            results.append((combination_of(parts, plane, coefficients), plane.gain(coefficients, damping)))
-        return results
+                return best_combination(plane, damping)
+            if exact:
+                return best_length(plane, damping, momentum if moving else 0.0)
+            rate = _scheduled(settings.learning_rate, self.count)
+            given = [rate, momentum] if moving else [rate]
+            return jnp.stack([jnp.asarray(each, model.forms.dtype) for each in given])
+
+        best = jnp.zeros((), jnp.int32)
+        if k > 1:
+            gains = jax.vmap(lambda p: p.gain(coefficients(p), damping))(jax.vmap(plane)(jnp.arange(k)))
+            best = jnp.argmax(jnp.where(jnp.isfinite(gains), gains, -jnp.inf))
+        direction = jax.tree.map(lambda leaf: leaf[best], directions)
+        own = plane(best)
+        return combination_of([direction, self.previous] if moving else [direction], own, coefficients(own)), best
+
+
+def _stacked(vector: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[None], vector)
 
 
 def _scheduled(given: Any, count: Array) -> Any:

@@ -4,7 +4,7 @@ What is solved with is a `Method`; the rest is the same for all of them. A step 
 does, is never taken where `value_fn` is given, nor one with numbers that are not finite.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +20,7 @@ from jaxhess.optimizers.attempts import Attempts, Problem
 from jaxhess.optimizers.damping import Control, Rule
 from jaxhess.optimizers.masking import completed, product_of_kept, restricted
 from jaxhess.optimizers.method import Method, Settings
-from jaxhess.optimizers.quadratic import Quadratic
+from jaxhess.optimizers.quadratic import Quadratic, inner_products
 from jaxhess.optimizers.state import SOLVERS, SecondOrderState, StepInfo, failures_message
 
 __all__ = ["transformation"]
@@ -117,12 +117,10 @@ def _model_by_products(name: str, product: Any, gradient: PyTree, all_params: Py
         found = like(gradient, jax.tree.map(jnp.asarray, product_of_kept(name, by, vector, all_params)))
         return found if decay is None else plus(found, decay, vector)
 
-    def forms(vectors: Sequence[PyTree]) -> Array:
+    def forms(vectors: PyTree) -> Array:
         zeros = None if all_params is None else jax.tree.map(jnp.zeros_like, all_params)
-        found = product.forms([completed(name, vector, zeros) for vector in vectors])
-        if decay is None:
-            return found
-        return found + decay * jnp.stack([jnp.stack([dot(a, b) for b in vectors]) for a in vectors])
+        found = product.forms(jax.vmap(lambda vector: completed(name, vector, zeros))(vectors))
+        return found if decay is None else found + decay * inner_products(vectors)
 
     return Quadratic(gradient, multiply, forms if hasattr(product, "forms") else None)
 

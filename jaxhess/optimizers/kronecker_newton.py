@@ -33,8 +33,9 @@ from jaxhess.optimizers.kronecker_inverse import (
 from jaxhess.optimizers.method import Direction, Method, Refinement, Settings
 from jaxhess.optimizers.state import Optimizer, Wanted
 
-__all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
+__all__ = ["WANTED", "Memory", "kronecker_newton", "scale_by_kronecker_newton"]
 
+WANTED = Wanted("either", "diagonal", sampled=True)  # blocks, of which factors of a random direction will do
 _LARGEST = 8192  # side of a factor
 _ITERATIONS = 20
 _BIG = 2**18  # parameters from which an iteration costs as much as the rest of a step
@@ -78,11 +79,13 @@ class _KroneckerNewton(Method):
         return Memory(tuple(factors), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def prepare(self, curvature: Any, structure: PyTree, memory: PyTree, count: Array, decay: Array) -> tuple[Any, PyTree]:
-        units = _units(curvature)
+        # Compiled, so that it is traced once for its structure and for its numbers.
+        made = curvature if hasattr(curvature, "in_structure") else jax.jit(curvature)
+        units = _units(made)
 
         def refreshed(memory: Memory) -> tuple[Memory, Array]:
             weight = jnp.minimum(1 - 1 / (memory.refreshed + 1.0), self.decay)
-            new = Memory(averaged(_blocks(curvature), units, memory.factors, weight), memory.refreshed + 1, count)
+            new = Memory(averaged(_blocks(made), units, memory.factors, weight), memory.refreshed + 1, count)
             # What is not finite is not remembered, and asked for again at the next update.
             good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
             return jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), new, memory), good
@@ -228,7 +231,7 @@ def scale_by_kronecker_newton(
         return of(updates).update(updates, state, params, **others)
 
     chosen = optax.GradientTransformationExtraArgs(init, update)
-    return Optimizer.of(chosen, Wanted("either", "diagonal", sampled=True))
+    return Optimizer.of(chosen, WANTED)
 
 
 def kronecker_newton(

@@ -6,7 +6,7 @@
 What `jaxhess.gauss_newton` holds, V = d(output)/dy of every layer, is M times as much as the pass itself reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,9 +42,9 @@ class LinearisedGaussNewton(lx.AbstractLinearOperator):
         (product,) = jax.linear_transpose(self.push, structure)(cotangents)
         return jax.tree.map(lambda x, s: (self.scale * x).astype(s.dtype), product, structure)
 
-    def forms(self, vectors: Sequence[PyTree]) -> Array:
-        """u_i^T G u_j for all pairs of some vectors, (k, k)."""
-        pushed = jax.vmap(self.push)(jax.tree.map(lambda *parts: jnp.stack(parts), *vectors))
+    def forms(self, vectors: PyTree) -> Array:
+        """u_i^T G u_j for all pairs of k vectors, leaves (k, ..): (k, k)."""
+        pushed = jax.vmap(self.push)(vectors)
         rows = [(x.reshape(len(x), -1), y.reshape(len(y), -1)) for x, y in _pairs(pushed, jax.vmap(self.curve)(pushed))]
         parts = [matmul(x, y.T).astype(self.scale.dtype) for x, y in rows]
         total = sum(parts, start=jnp.zeros_like(parts[0]))

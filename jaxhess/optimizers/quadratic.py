@@ -19,9 +19,17 @@ import jax.numpy as jnp
 
 from jaxhess._linalg import matmul
 from jaxhess._typing import Array, PyTree
-from jaxhess.operators.vectors import dot, dtype_of, plus, times
+from jaxhess.operators.vectors import dtype_of, plus, times
 
-__all__ = ["Combination", "Quadratic", "Restricted", "best_combination", "best_length", "combination_of"]
+__all__ = [
+    "Combination",
+    "Quadratic",
+    "Restricted",
+    "best_combination",
+    "best_length",
+    "combination_of",
+    "inner_products",
+]
 
 
 class Restricted(NamedTuple):
@@ -44,22 +52,23 @@ class Restricted(NamedTuple):
 
 
 class Quadratic(NamedTuple):
-    """The model: the gradient, `multiply` for C, and `forms` for all s_i^T C s_j of some vectors where there is a shorter
-    way to them than products."""
+    """The model: the gradient, `multiply` for C, and `forms` for all s_i^T C s_j of k vectors, stacked, where there is a
+    shorter way to them than products."""
 
     gradient: PyTree
     multiply: Callable[[PyTree], PyTree]
-    forms: Callable[[Sequence[PyTree]], Array] | None = None
+    forms: Callable[[PyTree], Array] | None = None
 
-    def restricted(self, vectors: Sequence[PyTree]) -> Restricted:
-        """To the combinations of these vectors."""
+    def restricted(self, vectors: PyTree) -> Restricted:
+        """To the combinations of k vectors: leaves (k, ..)."""
         rows = _rows(vectors)
         if self.forms is None:
-            forms = _pairs(rows, _rows([self.multiply(vector) for vector in vectors]))
+            forms = _pairs(rows, _rows(jax.vmap(self.multiply)(vectors)))
             forms = (forms + forms.T) / 2
         else:
             forms = self.forms(vectors).astype(rows[0].dtype)
-        return Restricted(forms, _pairs(rows, rows), jnp.stack([dot(self.gradient, vector) for vector in vectors]))
+        (slopes,) = _pairs(_rows(jax.tree.map(lambda leaf: leaf[None], self.gradient)), rows)
+        return Restricted(forms, _pairs(rows, rows), slopes)
 
 
 class Combination(NamedTuple):
@@ -100,11 +109,16 @@ def combination_of(vectors: Sequence[PyTree], model: Restricted, coefficients: A
     return Combination(step, coefficients @ model.forms @ coefficients, coefficients[0], momentum)
 
 
-def _rows(vectors: Sequence[PyTree]) -> list[Array]:
-    """For each leaf, the vectors' as rows, in the widest dtype."""
-    dtype = dtype_of(vectors[0])
-    leaves = zip(*map(jax.tree.leaves, vectors), strict=True)
-    return [jnp.stack([part.reshape(-1) for part in parts]).astype(dtype) for parts in leaves]
+def inner_products(vectors: PyTree) -> Array:
+    """s_i^T s_j of k vectors, leaves (k, ..): (k, k)."""
+    rows = _rows(vectors)
+    return _pairs(rows, rows)
+
+
+def _rows(vectors: PyTree) -> list[Array]:
+    """The leaves, each vector's a row, in the widest dtype."""
+    dtype = dtype_of(vectors)
+    return [leaf.reshape(len(leaf), -1).astype(dtype) for leaf in jax.tree.leaves(vectors)]
 
 
 def _pairs(a: list[Array], b: list[Array]) -> Array:

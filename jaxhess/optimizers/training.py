@@ -10,7 +10,9 @@ import optax
 from jax.core import Tracer
 
 from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.operators.block import BlockDiagonal
 from jaxhess.optimizers.gauss_newton import choose_solver
+from jaxhess.optimizers.kronecker_newton import WANTED, Memory
 from jaxhess.optimizers.products import value_grad_and_linearised
 from jaxhess.optimizers.sampling import sampled_curvature
 from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, failures_message, find_state, find_states
@@ -61,7 +63,8 @@ def step(
             `params`: those of Flax (`nnx.State`) or Equinox (a filtered module) too.
         optimizer: of `jaxhess.optimizers`, alone or within `optax.chain`, `optax.masked` and the like; or any of optax.
         curvature: "hessian" or "gauss_newton", or a function of `(params, *batch)` that gives an operator. By default what
-            the optimizer wants; after `optax.chain`, which forgets that, Gauss-Newton of a pair and the Hessian else.
+            the optimizer wants; `optax.chain` and the like forget that of `newton` and `gauss_newton`, which then get
+            Gauss-Newton of a pair and the Hessian else.
         blocks: "diagonal" or "full", of the curvature; by default what the optimizer wants, or "diagonal" for a Hessian and
             "full" for Gauss-Newton.
         batch_size: compute the curvature in chunks of so many examples.
@@ -90,9 +93,9 @@ def step(
         raise InputError(f"step: a model comes with its loss, (model, loss); got {len(loss_or_model)} functions")
     model, loss = map(hashable, loss_or_model if pair else (loss_or_model, loss_or_model))
     error = _Error(model, loss) if pair else model
-    options = getattr(optimizer, "wanted", None), pair, curvature, blocks
-    if options[0] is not None:
-        _wanted(*options, second_order=True)  # wrong ones are refused at once
+    known, options = getattr(optimizer, "wanted", None), (pair, curvature, blocks)
+    if known is not None:
+        _wanted(known, *options, second_order=True)  # wrong ones are refused at once
     update = optax.with_extra_args_support(optimizer).update
 
     def mean(params: PyTree, *batch: PyTree) -> Array:
@@ -115,9 +118,11 @@ def step(
             evaluate: Any = value_grad_and_hessian
             value, gradient, H = evaluate(error, blocks=wanted.blocks, batch_size=batch_size)(params, *batch)
             return value, gradient, {"curvature": H}
-        key = jax.random.fold_in(jax.random.key(0), count)
+
+        def made() -> BlockDiagonal:
+            return sampled_curvature(model, loss, params, *batch, key=jax.random.fold_in(jax.random.key(0), count))
+
         if wanted.sampled:
-            made = functools.partial(sampled_curvature, model, loss, params, *batch, key=key)
             if batch_size is None:
                 value, gradient, operator = value_grad_and_linearised(model, loss, params, *batch)
                 return value, gradient, {"curvature": made, "product": operator}
@@ -126,15 +131,14 @@ def step(
             return value, gradient, {"curvature": made, "product": lambda v: product(params, v, *batch)}
         evaluate = gauss_newton(model, loss, blocks=wanted.blocks, batch_size=batch_size)
         if wanted.blocks == "full" and _by_products(wanted, evaluate, params, *batch):
-            blocks_of = sampled_curvature(model, loss, params, *batch, key=key)
-            value, gradient, operator = value_grad_and_linearised(model, loss, params, *batch, blocks=blocks_of)
+            value, gradient, operator = value_grad_and_linearised(model, loss, params, *batch, blocks=made())
             return value, gradient, {"curvature": operator}
         value, gradient = jax.value_and_grad(mean)(params, *batch)
         return value, gradient, {"curvature": evaluate(params, *batch)}
 
     def body(params: PyTree, state: Any, *batch: PyTree, raise_failures: bool) -> tuple[PyTree, Any, Metrics]:
         own = find_state(state)
-        wanted = _wanted(*options, second_order=own is not None)
+        wanted = _wanted(known or _wanted_by(own), *options, second_order=own is not None)
         value, gradient, extra = arguments(wanted, 0 if own is None else own.count, params, *batch)
         if own is not None:
             extra |= {"all_params": params, "raise_failures": raise_failures}
@@ -205,6 +209,11 @@ def _wanted(own: Wanted | None, pair: bool, curvature: Any, blocks: str | None, 
         )
     chosen = own.blocks if own and own.curvature in (kind, "either") else usual
     return Wanted(kind, blocks or chosen, own.sampled, own.solver) if own else Wanted(kind, blocks or chosen)
+
+
+def _wanted_by(state: SecondOrderState | None) -> Wanted | None:
+    """What can be told from the state, where a chain has forgotten the rest."""
+    return WANTED if state is not None and isinstance(state.memory, Memory) else None
 
 
 def _by_products(wanted: Wanted, evaluate: Callable[..., Any], params: PyTree, *batch: PyTree) -> bool:

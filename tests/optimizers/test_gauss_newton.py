@@ -155,7 +155,7 @@ def test_linearised_products(net, helpers):
     vectors = np.random.default_rng(1).normal(size=(3, 15))
     for v in vectors:
         helpers.close(helpers.flat(L.mv(made.tree(v))), D @ v, 1e-12)
-    helpers.close(L.forms([made.tree(v) for v in vectors]), vectors @ D @ vectors.T, 1e-12)
+    helpers.close(L.forms(jax.vmap(made.tree)(vectors)), vectors @ D @ vectors.T, 1e-12)
     assert jax.tree.structure(L.in_structure()) == jax.tree.structure(made.params)
     s = -np.linalg.solve(D + DAMPING * np.eye(15), made.gradient)
     updates, state = run(scale_by_gauss_newton(damping=DAMPING, tolerance=1e-12), made, L)
@@ -180,7 +180,7 @@ def test_products_of_a_model_with_a_reverse_pass_of_its_own(net, helpers):
     helpers.close(helpers.flat(gradient), net.gradient, 1e-12)
     vectors, D = np.random.default_rng(1).normal(size=(2, 15)), net.dense_gauss_newton()
     helpers.close(helpers.flat(L.mv(net.tree(vectors[0]))), D @ vectors[0], 1e-12)
-    helpers.close(L.forms([net.tree(v) for v in vectors]), vectors @ D @ vectors.T, 1e-12)
+    helpers.close(L.forms(jax.vmap(net.tree)(vectors)), vectors @ D @ vectors.T, 1e-12)
     optimizer = optimizers.kronecker_newton()
     train, state, params, losses = optimizers.step((model, net.loss), optimizer), optimizer.init(net.params), net.params, []
     for _ in range(5):

@@ -25,15 +25,18 @@ def flat(vector):
     return jnp.concatenate([jnp.ravel(vector["a"]), jnp.ravel(vector["b"])])
 
 
+def stacked(vectors):
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *map(tree, vectors))
+
+
 def quadratic(C, g):
     return Quadratic(tree(g), lambda vector: tree(C @ flat(vector)))
 
 
 @jax.jit
 def combined(C, g, d, v, damping):
-    vectors = [tree(d), tree(v)]
-    plane = quadratic(C, g).restricted(vectors)
-    return combination_of(vectors, plane, best_combination(plane, damping))
+    plane = quadratic(C, g).restricted(stacked([d, v]))
+    return combination_of([tree(d), tree(v)], plane, best_combination(plane, damping))
 
 
 def model(C, g, damping, s):
@@ -63,7 +66,7 @@ def test_the_minimum_in_the_plane(damping):
 def test_restricted_to_several_vectors(definite):
     C, g, d, v = case(7, definite)
     vectors = np.stack([d, v, g, d + v])
-    restricted = quadratic(C, g).restricted([tree(x) for x in vectors])
+    restricted = quadratic(C, g).restricted(stacked(vectors))
     np.testing.assert_allclose(restricted.forms, vectors @ C @ vectors.T, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(restricted.inner, vectors @ vectors.T, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(restricted.slopes, vectors @ g, rtol=1e-12)
@@ -71,8 +74,8 @@ def test_restricted_to_several_vectors(definite):
     part = restricted.part([1, 3])
     np.testing.assert_allclose(part.gain(c, 0.4), -model(C, g, 0.4, c @ vectors[[1, 3]]), rtol=1e-10)
     # What is given in the place of products is taken.
-    given = quadratic(C, g)._replace(forms=lambda vectors: jnp.full((len(vectors),) * 2, 2.0))
-    np.testing.assert_array_equal(given.restricted([tree(d), tree(v)]).forms, np.full((2, 2), 2.0))
+    given = quadratic(C, g)._replace(forms=lambda vectors: jnp.full((len(vectors["a"]),) * 2, 2.0))
+    np.testing.assert_array_equal(given.restricted(stacked([d, v])).forms, np.full((2, 2), 2.0))
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, -3.0, 1e-9, 1e9])
@@ -124,14 +127,13 @@ def test_length_alone_beside_a_given_momentum():
     C, g, d, v = case(4)
     A = C + 0.2 * np.eye(N)
     length = -(g @ d) / (d @ A @ d)
-    vectors = [tree(d), tree(v)]
-    plane = quadratic(C, g).restricted(vectors)
-    found = combination_of(vectors, plane, best_length(plane, jnp.asarray(0.2), 0.9))
+    plane = quadratic(C, g).restricted(stacked([d, v]))
+    found = combination_of([tree(d), tree(v)], plane, best_length(plane, jnp.asarray(0.2), 0.9))
     np.testing.assert_allclose([found.learning_rate, found.momentum], [length, 0.9], rtol=1e-10)
     s = length * d + 0.9 * v
     np.testing.assert_allclose(flat(found.step), s, rtol=1e-10)
     np.testing.assert_allclose(found.curved, s @ C @ s, rtol=1e-10)
-    line = quadratic(-C, g).restricted([tree(d)])
+    line = quadratic(-C, g).restricted(stacked([d]))
     found = combination_of([tree(d)], line, best_length(line, jnp.asarray(0.2)))
     np.testing.assert_allclose(flat(found.step), d)
     assert found.momentum == 0

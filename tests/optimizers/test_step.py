@@ -57,6 +57,14 @@ def test_which_curvature_it_takes(net, helpers):
         helpers.same(helpers.find(state).info.loss, metrics.loss)
 
 
+def test_kronecker_newton_is_seen_within_a_chain(net, helpers):
+    for given in ((net.model, net.loss), net.error):
+        expected, _, _ = first(net, kronecker_newton(), given)
+        flat, _, metrics = first(net, optax.chain(optax.identity(), kronecker_newton(), optax.scale(1.0)), given)
+        helpers.close(flat, expected)
+        assert metrics.solver_name == "Kronecker factors"
+
+
 def test_curvature_of_ones_own(net, helpers):
     def curvature(params, xs, ts):
         return jaxhess.fisher(net.error, blocks="full")(params, xs, ts)
