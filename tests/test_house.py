@@ -43,8 +43,9 @@ FLOORS = [
     [
         "optimizers.damping", "optimizers.state", "optimizers.quadratic", "optimizers.trust_region", "optimizers.products",
         "optimizers.masking", "optimizers.method", "optimizers.flattened", "optimizers.conjugate", "optimizers.attempts",
-        "optimizers.core", "optimizers.newton", "optimizers.kronecker_factors", "optimizers.kronecker_inverse",
-        "optimizers.gauss_newton", "optimizers.kronecker_newton", "optimizers.sampling", "optimizers.training", "optimizers",
+        "optimizers.core", "optimizers.newton", "optimizers.kronecker_places", "optimizers.kronecker_factors",
+        "optimizers.kronecker_inverse", "optimizers.gauss_newton", "optimizers.kronecker_newton", "optimizers.sampling",
+        "optimizers.training", "optimizers",
     ],
     [
         "test_util", "naumov2017.feedforward", "naumov2017.recurrent", "naumov2017", "interop._common", "interop.flax",

@@ -2,17 +2,13 @@
 
     H_w ≈ A ⊗ B,        w read as (m, n): a vector is all rows, of more than two axes the last one is the rows
 
-For `(1/r) sum_ic b_ic kron(v_ic v_ic^T, z_i z_i^T)`, rows v of a Jacobian, by alternating least squares,
-
-    A = sum_ic b_ic (z_i^T B z_i) v_ic v_ic^T / (r ||B||^2)        B = sum_ic b_ic (v_ic^T A v_ic) z_i z_i^T / (r ||A||^2)
-
-two matrix products each, from the B of an earlier block where there is one: over a run the rounds go on from block to block.
-For other blocks by `nearest_kronecker`.
+By alternating least squares where the curvature of the outputs is diagonal, from the B of an earlier block where there is
+one: over a run the rounds go on from block to block. For other blocks by `nearest_kronecker`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +21,9 @@ from jaxhess.operators.gauss_newton import GaussNewtonBlock
 from jaxhess.operators.kronecker import KroneckerProductSum
 from jaxhess.operators.layout import Layout
 from jaxhess.operators.nearest import nearest_kronecker
+from jaxhess.optimizers.kronecker_places import MOST_NUMBERS, Nearest, alternated, has_rows, places_of
 
-__all__ = ["Nearest", "bias_side", "factors_of", "layout_of"]
-
-_MOST_NUMBERS = 2**27  # of the gradients of outputs
+__all__ = ["bias_side", "factors_of", "layout_of"]
 
 
 def layout_of(shape: tuple[int, ...]) -> Layout:
@@ -37,53 +32,47 @@ def layout_of(shape: tuple[int, ...]) -> Layout:
     return Layout(shape, shape, axes[-1:], axes[:-1]) if len(shape) > 2 else Layout(shape, shape, axes[:1], axes[1:])
 
 
-class Nearest(NamedTuple):
-    """A (m, m) and B (n, n) of the product nearest to a block, and `exact`: of U (m, k) and V (n, l) the diagonal
-    `(u_k ⊗ v_l)^T H (u_k ⊗ v_l)` (k, l) of H itself, or None where that costs more than the factors do."""
-
-    A: Array
-    B: Array
-    exact: Callable[[Array, Array], Array] | None = None
-
-    def swapped(self) -> "Nearest":
-        """Of the transposed parameter."""
-        exact = self.exact
-        return Nearest(self.B, self.A, None if exact is None else lambda U, V: exact(V, U).T)
-
-
 def factors_of(block: Any, with_bias: bool = False, known: tuple[Array, Array] | None = None) -> Nearest:
     """The factors in the layout of `layout_of`; `with_bias` of [W b] in the layer's own one, of `bias_side`. `known` are the
-    factors of a block that is near, of these sides or larger, zeros for none."""
+    factors of a block that is near, of these sides or larger, zeros for none. By the first of these ways that there is:
+
+    a vector                                            the matrix itself
+    one matrix, a diagonal curvature of the outputs     V and Z of each place (`Places`), if there is one, or few of them
+    a diagonal curvature of the outputs                 the outputs' gradients, if they are no more than 2^27 numbers
+    one matrix, Q (m, m) of each example                `nearest_kronecker` of these terms, with the bias as a column of z
+    any other                                           `nearest_kronecker`
+    """
     block = wide(block)
     layout = layout_of(block.in_structure().shape)
     if layout.n == 1 and not with_bias:
         return Nearest(symmetrise(block.as_matrix()), jnp.ones((1, 1), block.in_structure().dtype))
-    own = _own_layout(block) or layout
-    along_axes = _own_layout(block) is not None and _side(own, layout) is not None
-    if along_axes and _has_simple_rows(block):
-        side = _side(own, layout)
-        found = _nearest_of_rows(block, with_bias, None if known is None else known[side or 0])
-        return found if side == 1 else found.swapped()
-    if isinstance(block, GaussNewtonBlock) and not with_bias and _has_few_gradients(block):
-        return _nearest_of_gradients(block, layout, None if known is None else known[1])
-    if with_bias:
-        assert isinstance(block, KroneckerProductSum)
-        Z = jnp.concatenate([block.Z, jnp.ones((len(block.Z), 1), block.Z.dtype)], axis=1)
-        joint = KroneckerProductSum(block.Q, Z, tags=block.tags)
-        operator = nearest_kronecker(joint).operator
-        found = Nearest(operator.A, operator.B, _diagonal_of_terms(joint))
-        return found if _side(own, layout) == 1 else found.swapped()
-    operator = nearest_kronecker(block, None if along_axes else layout).operator
-    exact = _diagonal_of_terms(block) if isinstance(block, KroneckerProductSum) and along_axes else None
-    found = Nearest(operator.A, operator.B, exact)
-    return found if _same_order(operator.layout, layout) else found.swapped()
+    if isinstance(block, GaussNewtonBlock) and has_rows(block):
+        found = places_of(block)
+        side = None if found is None else _side(found[1], layout)
+        if found is not None and side is not None and (found[0].cheaper or not _has_few_gradients(block)):
+            places = found[0].with_ones() if with_bias else found[0]
+            nearest = places.nearest(None if known is None else known[side])
+            return nearest if side == 1 else nearest.swapped()
+        if not with_bias and _has_few_gradients(block):
+            return _nearest_of_gradients(block, layout, None if known is None else known[1])
+    own = _own_layout(block)
+    side = None if own is None else _side(own, layout)
+    if isinstance(block, KroneckerProductSum) and side is not None:
+        Z = jnp.concatenate([block.Z, jnp.ones_like(block.Z[:, :1])], axis=1) if with_bias else block.Z
+        terms = KroneckerProductSum(block.Q, Z, tags=block.tags)
+        operator = nearest_kronecker(terms).operator
+        nearest = Nearest(operator.A, operator.B, _diagonal_of_terms(terms))
+        return nearest if side == 1 else nearest.swapped()
+    operator = nearest_kronecker(block, layout if side is None else None).operator
+    nearest = Nearest(operator.A, operator.B)
+    return nearest if _same_order(operator.layout, layout) else nearest.swapped()
 
 
 def bias_side(block: Any) -> int | None:
     """Where a bias joins a weight that is read by `layout_of`: 1, as a further column; 0, as a further row, of a weight
     stored (in, out); None where the two have no common factors."""
     block = wide(block)
-    if not (isinstance(block, KroneckerProductSum) or _has_simple_rows(block)):
+    if not (isinstance(block, KroneckerProductSum) or (isinstance(block, GaussNewtonBlock) and has_rows(block))):
         return None
     own = _own_layout(block)
     return None if own is None else _side(own, layout_of(block.in_structure().shape))
@@ -96,13 +85,8 @@ def _own_layout(block: Any) -> Layout | None:
     return getattr(block, "layout", None)
 
 
-def _has_simple_rows(block: Any) -> bool:
-    return isinstance(block, GaussNewtonBlock) and (block.curvature is None or block.curvature.ndim == 2)
-
-
 def _has_few_gradients(block: GaussNewtonBlock) -> bool:
-    J = block.jacobian
-    return _has_simple_rows(block) and J.examples * J.outputs * block.in_size() <= _MOST_NUMBERS
+    return block.jacobian.examples * block.jacobian.outputs * block.in_size() <= MOST_NUMBERS
 
 
 def _same_order(a: Layout, b: Layout) -> bool:
@@ -130,34 +114,6 @@ def _diagonal_of_terms(terms: KroneckerProductSum) -> Callable[[Array, Array], A
     return exact
 
 
-def _nearest_of_rows(block: GaussNewtonBlock, with_bias: bool, known: Array | None) -> Nearest:
-    """In the layer's own layout, without the matrices Q of the examples."""
-    J = block.jacobian
-    use = J.uses[0]
-    r, M = J.examples, J.outputs
-    assert use.inputs is not None
-    V, Z = use.scale * use.rows.reshape(r, M, -1), use.inputs.reshape(r, -1)
-    if with_bias:
-        Z = jnp.concatenate([Z, jnp.ones((r, 1), Z.dtype)], axis=1)
-    weights = jnp.ones((r, M), V.dtype) if block.curvature is None else block.curvature
-    weights = block.factor * weights / r
-
-    def left(B: Array) -> Array:
-        lengths = jnp.sum(matmul(Z, B) * Z, axis=1)
-        weighted = (weights * lengths[:, None])[:, :, None] * V
-        return symmetrise(matmul(weighted.reshape(r * M, -1).T, V.reshape(r * M, -1)))
-
-    def right(A: Array) -> Array:
-        lengths = jnp.sum(weights * jnp.sum(matmul(V, A) * V, axis=2), axis=1)
-        return symmetrise(matmul((lengths[:, None] * Z).T, Z))
-
-    def exact(U: Array, W: Array) -> Array:
-        along = jnp.sum(weights[:, :, None] * matmul(V, U) ** 2, axis=1)
-        return matmul(along.T, matmul(Z, W) ** 2)
-
-    return Nearest(*_alternated(left, right, lambda: matmul(Z.T, Z), known), exact)
-
-
 def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout, known: Array | None) -> Nearest:
     """A and B where a parameter meets several vectors of an example (along time, say): from the gradients G_ic (m, n) of the
     outputs themselves, `A = sum_ic b_ic G_ic B G_ic^T` and `B = sum_ic b_ic G_ic^T A G_ic`."""
@@ -180,27 +136,4 @@ def _nearest_of_gradients(block: GaussNewtonBlock, layout: Layout, known: Array 
         return factor * jnp.sum(weighted(matmul(turned, W) ** 2), axis=1)
 
     left, right = functools.partial(side, by_row), functools.partial(side, by_column)
-    return Nearest(*_alternated(left, right, lambda: jnp.eye(layout.n, dtype=G.dtype), known), exact)
-
-
-def _alternated(
-    left: Callable[[Array], Array], right: Callable[[Array], Array], first: Callable[[], Array], known: Array | None
-) -> tuple[Array, Array]:
-    """A and B by alternating least squares: half a round from the `known` B, more from the `first` one."""
-
-    def begun() -> Array:
-        return right(_unit(left(_unit(first()))))
-
-    if known is None:
-        B = begun()
-    else:
-        size = jax.eval_shape(begun).shape[0]
-        known = known[:size, :size]
-        B = jax.lax.cond(jnp.any(known != 0), lambda: known, begun)
-    A = _unit(left(_unit(B)))
-    return A, right(A)
-
-
-def _unit(X: Array) -> Array:
-    size = jnp.linalg.norm(X)
-    return X / jnp.where(size > 0, size, 1)
+    return Nearest(*alternated(left, right, lambda: jnp.eye(layout.n, dtype=G.dtype), known), exact)

@@ -23,7 +23,8 @@ from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.paths import naming
 from jaxhess.operators.preconditioner import register_semidefinite
 from jaxhess.operators.support import check_operator_fits
-from jaxhess.optimizers.kronecker_factors import Nearest, bias_side, factors_of, layout_of
+from jaxhess.optimizers.kronecker_factors import bias_side, factors_of, layout_of
+from jaxhess.optimizers.kronecker_places import Nearest
 
 __all__ = ["Factors", "KroneckerInverse", "Unit", "averaged", "in_eigenvectors", "magnitudes", "no_factors", "units_of"]
 
