@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.block import BlockDiagonal
+from jaxhess.operators.vectors import like, where
 from jaxhess.optimizers.gauss_newton import choose_solver
 from jaxhess.optimizers.kronecker_newton import WANTED, Memory
 from jaxhess.optimizers.products import value_grad_and_linearised
@@ -145,7 +146,7 @@ def step(
         updates, state = update(
             gradient, state, params, value=value, grad=gradient, value_fn=lambda p: mean(p, *batch), **extra
         )
-        return optax.apply_updates(params, updates), state, _metrics(value, find_state(state))
+        return optax.apply_updates(params, updates), state, _metrics(value, own, find_state(state))
 
     compiled = jax.jit(body, static_argnames="raise_failures")
 
@@ -223,12 +224,15 @@ def _by_products(wanted: Wanted, evaluate: Callable[..., Any], params: PyTree, *
     return choose_solver(jax.eval_shape(evaluate, params, *batch)).solver == "cg"
 
 
-def _metrics(value: Array, state: SecondOrderState | None) -> Metrics:
+def _metrics(value: Array, before: SecondOrderState | None, after: SecondOrderState | None) -> Metrics:
     unknown, zero = jnp.full_like(value, jnp.nan), jnp.zeros((), jnp.int32)
-    if state is None:
+    if before is None or after is None:
         return Metrics(value, unknown, unknown, jnp.ones((), bool), zero, zero, unknown, unknown, unknown, zero)
-    info = state.info
-    return Metrics(
-        value, state.control.damping, info.ratio, info.accepted, info.attempts, info.iterations, info.residual,
+    info = after.info
+    found = Metrics(
+        value, after.control.damping, info.ratio, info.accepted, info.attempts, info.iterations, info.residual,
         info.learning_rate, info.momentum, info.solver,
     )  # fmt: skip
+    # What wraps the optimizer, `optax.apply_if_finite` say, may not have called it.
+    nothing = Metrics(value, found.damping, unknown, jnp.zeros((), bool), zero, zero, unknown, unknown, unknown, zero)
+    return where(after.count != before.count, found, like(found, nothing))

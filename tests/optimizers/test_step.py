@@ -302,6 +302,23 @@ def test_failures_that_are_not_raised_are_reported(net):
         assert find_state(state).info.failed == (number >= 2)
 
 
+def test_metrics_of_updates_that_are_left_out(net):
+    """`optax.apply_if_finite` does not call the optimizer where gradients are not finite."""
+    xs, ts = net.batch
+    spoiled = xs, ts.at[0, 0].set(jnp.nan)
+    optimizer = optax.apply_if_finite(kronecker_newton(), 3)
+    train, params, state = step((net.model, net.loss), optimizer), net.params, optimizer.init(net.params)
+    for batch, ran in ((net.batch, True), (spoiled, False), (net.batch, True)):
+        before = params
+        params, state, metrics = train(params, state, *batch)
+        assert metrics.accepted == ran
+        assert np.isnan(metrics.gain_ratio) == (not ran)
+        assert (metrics.attempts > 0) == ran
+        assert metrics.solver_name == ("Kronecker factors" if ran else "none")
+        assert np.isfinite(metrics.damping)
+        assert jax.tree.all(jax.tree.map(np.array_equal, before, params)) == (not ran)
+
+
 def test_find_state(net):
     assert find_state(optax.adam(0.1).init(net.params)) is None
     nested = optax.chain(optax.clip(1.0), optax.masked(optax.chain(newton()), MASK))
