@@ -1,6 +1,7 @@
-"""How often a `while` loop runs, where that depends on neither data nor parameters.
+"""What is known of loops: what a `scan` takes, and how often a `while` loop runs where that depends on neither data nor
+parameters.
 
-Its condition reads some of the carried values; these are updated from some more. If all of them start from known numbers
+The condition of a `while` reads some of the carried values; these are updated from some more. If all of them start from known numbers
 and are updated by known ones, the loop's length is found by running those alone.
 """
 
@@ -15,7 +16,22 @@ from jax.extend.core import JaxprEqn, jaxpr_as_fun
 from jaxhess._typing import Array
 from jaxhess.engine.through_time import depends_on
 
-__all__ = ["static_length"]
+__all__ = ["scan_sizes", "static_length"]
+
+
+def scan_sizes(equation: JaxprEqn) -> tuple[int, int]:
+    """How many inputs of a `scan` equation are constants, and how many are carried.
+
+    From shapes, since the names of its parameters change with the version of JAX: what is taken apart, or put together,
+    step by step has one axis more outside than inside.
+    """
+    body = equation.params["jaxpr"]
+
+    def stepwise(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
+
+    carried = len(equation.outvars) - stepwise(equation.outvars, body.jaxpr.outvars)
+    return len(equation.invars) - stepwise(equation.invars, body.jaxpr.invars) - carried, carried
 
 
 def static_length(equation: JaxprEqn, known: Mapping[int, Array]) -> int | None:

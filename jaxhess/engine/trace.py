@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.engine.accurate import accurate_form
 from jaxhess.engine.graph import Graph, Loop, Operation, leading_to, run_loop
-from jaxhess.engine.loops import static_length
+from jaxhess.engine.loops import scan_sizes, static_length
 
 __all__ = ["bind", "body_of", "trace"]
 
@@ -143,14 +143,8 @@ class _Builder:
         """What a `scan`, or a `while` of known length, repeats; None for every other operation."""
         params = equation.params
         if equation.primitive.name == "scan":
-            return _LoopSpec(
-                params["jaxpr"],
-                params["num_consts"],
-                params["num_carry"],
-                params["length"],
-                params["reverse"],
-                params["unroll"],
-            )
+            sizes = scan_sizes(equation)
+            return _LoopSpec(params["jaxpr"], *sizes, params["length"], params["reverse"], params["unroll"])
         if equation.primitive.name != "while":
             return None
         known = {place: self.constants[i] for place, i in enumerate(operands) if i in self.constants}

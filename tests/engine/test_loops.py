@@ -12,6 +12,7 @@ from models import normal
 
 import jaxhess
 from jaxhess.engine.graph import nested
+from jaxhess.engine.loops import scan_sizes
 from jaxhess.engine.plan import make_plan
 from jaxhess.engine.trace import trace
 
@@ -105,7 +106,7 @@ def test_a_product_is_two_substitutions(error):
     # The map itself and, from its derivative, a copy that the compiler drops: each forward and backward.
     assert [scan.params["reverse"] for scan in scans].count(True) == len(scans) // 2
     for scan, body in zip(scans, bodies, strict=True):
-        carried = [v.aval.shape for v in scan.outvars[: scan.params["num_carry"]]]
+        carried = [v.aval.shape for v in scan.outvars[: scan_sizes(scan)[1]]]
         assert all(np.prod(shape) <= R * M for shape in carried)
         linear = {"add", "add_any", "broadcast_in_dim", "div", "dot_general", "mul", "reduce_sum", "reshape", "transpose"}
         assert set(body) <= linear

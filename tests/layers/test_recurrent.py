@@ -13,6 +13,7 @@ from jaxprs import equations
 from jaxhess import activations
 from jaxhess._typing import InputError
 from jaxhess.activations import Activation, identity, relu, sigmoid, softplus, tanh
+from jaxhess.engine.loops import scan_sizes
 from jaxhess.layers.dense import dense
 from jaxhess.layers.recurrent import recurrent
 
@@ -289,7 +290,8 @@ def _named(jaxpr, name):
 
 
 def _carry_and_products(scan):
-    carry = scan.invars[scan.params["num_consts"] :][: scan.params["num_carry"]]
+    constants, carried = scan_sizes(scan)
+    carry = scan.invars[constants:][:carried]
     return [v.aval.shape for v in carry], len(_named(scan.params["jaxpr"].jaxpr, "dot_general"))
 
 
@@ -341,7 +343,7 @@ def test_graph_shows_one_named_call():
     names = [e.primitive.name for e in inner.params["jaxpr"].jaxpr.eqns]
     assert names == ["dot_general", "broadcast_in_dim", "add", "scan"]
     scan = inner.params["jaxpr"].jaxpr.eqns[-1]
-    assert (scan.params["num_consts"], scan.params["num_carry"]) == (1, 1)
+    assert scan_sizes(scan) == (1, 1)
     assert [e.primitive.name for e in scan.params["jaxpr"].jaxpr.eqns] == ["dot_general", "add", "custom_jvp_call"]
 
 
