@@ -1,8 +1,8 @@
 """What is known of loops: what a `scan` takes, and how often a `while` loop runs where that depends on neither data nor
 parameters.
 
-The condition of a `while` reads some of the carried values; these are updated from some more. If all of them start from known numbers
-and are updated by known ones, the loop's length is found by running those alone.
+The condition of a `while` reads some of the carried values; these are updated from some more. If all of them start from
+known numbers and are updated by known ones, the loop's length is found by running those alone.
 """
 
 from collections.abc import Mapping, Sequence

@@ -92,7 +92,7 @@ def leaves_like(what: str, structure: PyTree, vector: PyTree) -> list[Any]:
         missing = [path for path in paths if path not in found]
         unexpected = [path for path in found if path not in paths]
         raise InputError(
-            f"{what}: the vector's structure is not the parameters': missing {missing or 'nothing'}, "
+            f"{what}: the structures differ: missing {missing or 'nothing'}, "
             f"unexpected {unexpected or 'nothing'}, got {given}"
         )
     for path, leaf, shape in zip(paths, leaves, shapes, strict=True):

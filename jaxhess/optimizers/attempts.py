@@ -94,7 +94,7 @@ class Problem:
         return dataclasses.replace(self, method=method, model=model, previous=previous, evaluate=by)
 
     def _attempt(self, before: Attempts) -> Attempts:
-        found = self._proposed(before.control)
+        found = self._proposed(before.control, before.tried == 0)
         control, dtype = found.control, self.value.dtype
         scale = control.scale
         step = times(scale, found.combination.step)
@@ -124,21 +124,22 @@ class Problem:
             found.residual, found.combination.learning_rate, found.combination.momentum,
         )  # fmt: skip
 
-    def _proposed(self, control: Control) -> _Proposal:
-        """The step for these dampings, and the dampings with that of an approximate inverse as it was chosen."""
+    def _proposed(self, control: Control, first: Array) -> _Proposal:
+        """The step for these dampings, and the dampings with that of an approximate inverse as it was chosen. A given
+        momentum is of the `first` attempt only: damping does not shorten it."""
         every, refinement = self.settings.tuned_every, self.settings.refinement
         if not every:
             found = self.method.direction(self.prepared, self.model.gradient, control.damping, self.previous)
-            combination, _ = self._combined(_stacked(found.step), found.damping)
+            combination, _ = self._combined(_stacked(found.step), found.damping, first)
             return _Proposal(combination, found.iterations, found.residual, control)
 
         def chosen(control: Control) -> tuple[Array, Combination]:
             strengths = control.strength * jnp.asarray([1 / _RATIO, 1, _RATIO], control.strength.dtype)
-            combination, best = self._combined(self._directions(strengths), control.damping)
+            combination, best = self._combined(self._directions(strengths), control.damping, first)
             return strengths[best], combination
 
         def same(control: Control) -> tuple[Array, Combination]:
-            return control.strength, self._combined(self._directions(control.strength[None]), control.damping)[0]
+            return control.strength, self._combined(self._directions(control.strength[None]), control.damping, first)[0]
 
         due = self.count % every == 0
         if refinement is None:
@@ -164,7 +165,7 @@ class Problem:
 
         return jax.vmap(direction)(strengths) if len(strengths) > 1 else _stacked(direction(strengths[0]))
 
-    def _combined(self, directions: PyTree, damping: Array) -> tuple[Combination, Array]:
+    def _combined(self, directions: PyTree, damping: Array, first: Array) -> tuple[Combination, Array]:
         """Of k directions, stacked, the one that the model likes best, with its learning rate and momentum, given or from
         the model; and which one it is."""
         settings = self.settings
@@ -174,7 +175,7 @@ class Problem:
         k = len(jax.tree.leaves(directions)[0])
         last = [_stacked(self.previous)] if moving else []
         model = self.model.restricted(jax.tree.map(lambda *parts: jnp.concatenate(parts), directions, *last))
-        momentum = None if both or not moving else _scheduled(settings.momentum, self.count)
+        momentum = None if both or not moving else jnp.where(first, _scheduled(settings.momentum, self.count), 0)
 
         def plane(n: Array) -> Restricted:
             return model.part(jnp.stack([n, jnp.full_like(n, k)]) if moving else n[None])

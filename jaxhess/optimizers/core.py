@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from jaxhess._linalg import widened
 from jaxhess._typing import Array, InputError, PyTree
+from jaxhess.operators.paths import leaves_like
 from jaxhess.operators.vectors import dot, dtype_of, like, norm, plus, where
 from jaxhess.optimizers.attempts import Attempts, Problem
 from jaxhess.optimizers.damping import Control, Rule
@@ -36,7 +37,8 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         nothing = jnp.full((), jnp.nan, dtype)
         zero = jnp.zeros((), jnp.int32)
         no = jnp.zeros((), bool)
-        info = StepInfo(nothing, nothing, nothing, nothing, no, zero, zero, nothing, nothing, nothing, zero, no)
+        left = jnp.asarray(settings.failures, jnp.int32)
+        info = StepInfo(nothing, nothing, nothing, nothing, no, zero, zero, nothing, nothing, nothing, zero, left)
         state = SecondOrderState(
             zero, settings.rule.start(dtype), zero, nothing, previous if settings.keeps_steps else (), method.init(params),
             info,
@@ -65,6 +67,8 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         if decays:
             gradient = plus(gradient, decay, params)
         structure = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), gradient)
+        if params is not None:
+            leaves_like(f"{name}, params= against the gradients", structure, params)
         known = restricted(name, curvature, structure)
         prepared, memory = method.prepare(known, structure, state.memory, count, decay)
         if product is None:
@@ -94,14 +98,17 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
             control = _by_last_value(settings.rule, control, state, value)
         by = evaluate if value_fn is not None else None
         tries = Problem(method, settings, prepared, model, state.previous, count, value, by).solved(control, finite)
-        control = where(finite, tries.control, settings.rule.refused(control, jnp.full_like(control.damping, jnp.nan)))
         failed = ~finite | ~jnp.isfinite(norm(tries.step)) | ~jnp.isfinite(tries.predicted)
+        if by is not None:
+            failed = failed | ~(tries.accepted | jnp.isfinite(tries.new_value))
+        # However many dampings were tried, one rise: it was not for want of damping.
+        control = where(failed, settings.rule.refused(control, jnp.full_like(control.damping, jnp.nan)), tries.control)
         failures = jnp.where(failed, state.failures + 1, 0).astype(jnp.int32)
-        too_many = failures >= settings.failures
+        left = jnp.asarray(settings.failures - failures, jnp.int32)
         if raise_failures:
-            failures = eqx.error_if(failures, too_many, failures_message(name, _number(settings.failures)))
+            failures = eqx.error_if(failures, left <= 0, failures_message(name, _number(settings.failures)))
         step = jax.tree.map(lambda s: jnp.where(tries.accepted, s, 0), tries.step)
-        info = like(state.info, _info(value, tries, method.solver(prepared), too_many))
+        info = like(state.info, _info(value, tries, method.solver(prepared), left))
         previous = step if settings.keeps_steps else ()
         new_state = SecondOrderState(count + 1, like(state.control, control), failures, value, previous, memory, info)
         return jax.tree.map(lambda s, u: -s.astype(u.dtype), step, updates), new_state
@@ -125,11 +132,11 @@ def _model_by_products(name: str, product: Any, gradient: PyTree, all_params: Py
     return Quadratic(gradient, multiply, forms if hasattr(product, "forms") else None)
 
 
-def _info(value: Array, tries: Attempts, solver: str, failed: Array) -> StepInfo:
+def _info(value: Array, tries: Attempts, solver: str, failures_left: Array) -> StepInfo:
     code = jnp.asarray(SOLVERS.index(solver), jnp.int32)
     return StepInfo(
         value, tries.new_value, tries.predicted, tries.ratio, tries.accepted, tries.tried, tries.iterations,
-        tries.residual, tries.learning_rate, tries.momentum, code, failed,
+        tries.residual, tries.learning_rate, tries.momentum, code, failures_left,
     )  # fmt: skip
 
 
@@ -148,6 +155,8 @@ def _value_at(
 ) -> Array:
     assert value_fn is not None
     found = value_fn(completed(name, moved, all_params))
+    if not hasattr(found, "dtype") and not isinstance(found, int | float):
+        raise InputError(f"{name}: value_fn must return the mean loss, a scalar, but returned a {type(found).__name__}")
     if jnp.shape(found) != ():
         raise InputError(f"{name}: value_fn must return the mean loss, a scalar, but returned shape {jnp.shape(found)}")
     found = jnp.asarray(found, dtype)
@@ -165,6 +174,10 @@ def _check(name: str, settings: Settings, curvature: Any, value: Any, value_fn: 
             f"{name}: this damping follows from what the error does, so update needs value_fn=, the error of other "
             "parameters, or value=, that of these; for neither, take damping=1e-3, a constant"
         )
+    if value_fn is not None and not callable(value_fn):
+        raise InputError(f"{name}: value_fn must be a function of the parameters, got {type(value_fn).__name__}")
+    if value is not None and jnp.shape(value) != ():
+        raise InputError(f"{name}: value must be the mean loss, a scalar, got shape {jnp.shape(value)}")
     if params is None and (value_fn is not None or settings.weight_decay is not None):
         raise InputError(f"{name}: update needs params= beside value_fn= or weight_decay")
 

@@ -13,13 +13,13 @@ much where ρ > 3/4 and the step went all the way to Δ.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jaxhess._typing import Array, InputError
+from jaxhess.transforms.checks import check_number
 
 __all__ = ["Constant", "Control", "LevenbergMarquardt", "TrustRadius", "as_rule", "constant", "levenberg_marquardt"]
 
@@ -111,10 +111,8 @@ class TrustRadius:
     adaptive = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.initial, int | float) and not (math.isfinite(self.initial) and self.initial > 0):
-            raise InputError(f"TrustRadius: initial must be positive, got {self.initial}")
-        if not self.most > 0:
-            raise InputError(f"TrustRadius: most must be positive, got {self.most}")
+        check_number("TrustRadius: initial", self.initial, above=0)
+        check_number("TrustRadius: most", self.most, above=0)
 
     def start(self, dtype: Any) -> Control:
         return _begun(self.initial, dtype)
@@ -149,8 +147,8 @@ def constant(damping: float | Array | Callable[[Array], Any]) -> Constant:
     >>> constant(1e-3).damping
     0.001
     """
-    if isinstance(damping, int | float) and not damping >= 0:
-        raise InputError(f"constant: the damping must not be negative, got {damping}")
+    if not callable(damping):
+        check_number("constant: the damping", damping, least=0)
     return Constant(damping)
 
 
@@ -179,13 +177,15 @@ def levenberg_marquardt(
     >>> levenberg_marquardt(1.0).initial
     1.0
     """
-    if isinstance(initial, int | float) and not initial > 0:
-        raise InputError(f"levenberg_marquardt: initial must be positive, got {initial}")
-    if not decrease > 1:
-        raise InputError(f"levenberg_marquardt: decrease must be above 1, got {decrease}")
-    if release is not None and not release >= decrease:
-        raise InputError(f"levenberg_marquardt: release must be at least decrease={decrease}, got {release}")
-    if not 0 <= least <= most:
+    check_number("levenberg_marquardt: initial", initial, above=0)
+    check_number("levenberg_marquardt: decrease", decrease, above=1)
+    check_number("levenberg_marquardt: least", least, least=0)
+    check_number("levenberg_marquardt: most", most, least=0)
+    if release is not None:
+        check_number("levenberg_marquardt: release", release)
+        if release < decrease:
+            raise InputError(f"levenberg_marquardt: release must be at least decrease={decrease}, got {release}")
+    if most < least:
         raise InputError(f"levenberg_marquardt: need 0 <= least <= most, got {least} and {most}")
     return LevenbergMarquardt(initial, decrease, least, most, release)
 
@@ -200,6 +200,6 @@ def as_rule(what: str, damping: Any) -> Rule:
         return levenberg_marquardt()
     if damping is None:
         raise InputError(f"{what}: damping must be a number, a schedule or a rule, got None")
-    if callable(damping) or jnp.ndim(damping) == 0:
-        return constant(damping)
-    raise InputError(f"{what}: damping must be one number, got an array of shape {jnp.shape(damping)}")
+    if not callable(damping):
+        check_number(f"{what}: damping", damping, least=0)
+    return constant(damping)

@@ -37,6 +37,7 @@ from jaxhess.optimizers.kronecker_inverse import KroneckerInverse, averaged, no_
 from jaxhess.optimizers.method import Direction, Method, Settings
 from jaxhess.optimizers.products import LinearisedGaussNewton
 from jaxhess.optimizers.state import Optimizer, Wanted
+from jaxhess.transforms.checks import as_static_integer, check_number
 
 __all__ = ["Choice", "choose_solver", "gauss_newton", "scale_by_gauss_newton"]
 
@@ -273,10 +274,8 @@ def scale_by_gauss_newton(
         raise InputError(f"gauss_newton: blocks must be 'diagonal' or 'full', got {blocks!r}")
     if solver not in ("auto", "gram", "normal", "cg"):
         raise InputError(f"gauss_newton: solver must be 'auto', 'gram', 'normal' or 'cg', got {solver!r}")
-    if isinstance(tolerance, int | float) and not 0 < tolerance < math.inf:
-        raise InputError(f"gauss_newton: tolerance must be positive, got {tolerance}")
-    if max_iterations is not None and not (isinstance(max_iterations, int) and max_iterations >= 1):
-        raise InputError(f"gauss_newton: max_iterations must be a whole number of at least 1, got {max_iterations}")
+    check_number("gauss_newton: tolerance", tolerance, above=0)
+    most = _ITERATIONS if max_iterations is None else as_static_integer("gauss_newton: max_iterations", max_iterations)
     named = isinstance(damping, str) and damping == "levenberg_marquardt"
     rule = levenberg_marquardt(decrease=_DECREASE) if named else as_rule("gauss_newton", damping)
     if isinstance(rule, TrustRadius):
@@ -285,7 +284,7 @@ def scale_by_gauss_newton(
         rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, warm_start=solver in ("auto", "cg")
     ).checked("gauss_newton")
     zero = isinstance(rule, Constant) and isinstance(rule.damping, int | float) and rule.damping == 0
-    method = _GaussNewton(solver, tolerance, max_iterations or _ITERATIONS, zero and weight_decay is None)
+    method = _GaussNewton(solver, tolerance, most, zero and weight_decay is None)
     made = transformation(method, settings)
     return Optimizer.of(made, Wanted("gauss_newton", blocks, solver=solver))
 

@@ -32,10 +32,10 @@ from jaxhess.optimizers.kronecker_inverse import (
 )
 from jaxhess.optimizers.method import Direction, Method, Refinement, Settings
 from jaxhess.optimizers.state import Optimizer, Wanted
+from jaxhess.transforms.checks import as_static_integer, check_number
 
-__all__ = ["WANTED", "Memory", "kronecker_newton", "scale_by_kronecker_newton"]
+__all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
 
-WANTED = Wanted("either", "diagonal", sampled=True)  # blocks, of which factors of a random direction will do
 _LARGEST = 8192  # side of a factor
 _ITERATIONS = 20
 _BIG = 2**18  # parameters from which an iteration costs as much as the rest of a step
@@ -194,14 +194,11 @@ def scale_by_kronecker_newton(
     >>> bool(mean(params) < 1e-6)
     True
     """
-    if isinstance(every, int | float) and not (every >= 1 and every == int(every)):
-        raise InputError(f"kronecker_newton: every must be a whole number >= 1, got {every}")
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise InputError(f"kronecker_newton: decay must be in [0, 1), got {decay}")
-    if max_iterations is not None and not (isinstance(max_iterations, int) and max_iterations >= 1):
-        raise InputError(f"kronecker_newton: max_iterations must be a whole number of at least 1, got {max_iterations}")
-    if isinstance(progress, int | float) and not 0 <= progress < 1:
-        raise InputError(f"kronecker_newton: progress must be in [0, 1), got {progress}")
+    check_number("kronecker_newton: every", every, least=1, whole=True)
+    check_number("kronecker_newton: decay", decay, least=0, below=1)
+    check_number("kronecker_newton: progress", progress, least=0, below=1)
+    if max_iterations is not None:
+        max_iterations = as_static_integer("kronecker_newton: max_iterations", max_iterations)
     # With an exact learning rate the model is always right about how far to go, so damping falls slowly, but where nothing
     # else limits the step.
     slow = isinstance(damping, str) and damping == "levenberg_marquardt"
@@ -231,7 +228,7 @@ def scale_by_kronecker_newton(
         return of(updates).update(updates, state, params, **others)
 
     chosen = optax.GradientTransformationExtraArgs(init, update)
-    return Optimizer.of(chosen, WANTED)
+    return Optimizer.of(chosen, Wanted("either", "diagonal", sampled=True))
 
 
 def kronecker_newton(

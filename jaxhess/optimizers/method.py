@@ -2,11 +2,11 @@
 
 import abc
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.optimizers.damping import Rule, TrustRadius
+from jaxhess.transforms.checks import check_number
 
 __all__ = ["Direction", "Method", "Refinement", "Settings"]
 
@@ -78,16 +78,17 @@ class Settings:
     def checked(self, name: str) -> "Settings":
         """Itself; raises `InputError` for what is out of range."""
         for what, given in (("learning_rate", self.learning_rate), ("momentum", self.momentum)):
-            wrong = isinstance(given, int | float) and not math.isfinite(given)
-            if wrong or (isinstance(given, str) and given != "exact"):
+            none = given is None and what == "momentum"
+            if (isinstance(given, str) and given != "exact") or (given is None and not none):
                 raise InputError(f"{name}: {what} must be a number, a schedule or 'exact', got {given!r}")
-        if self.learning_rate is None:
-            raise InputError(f"{name}: learning_rate must be a number, a schedule or 'exact', got None")
-        if isinstance(self.weight_decay, int | float) and not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"{name}: weight_decay must not be negative, got {self.weight_decay}")
+            if not (none or isinstance(given, str) or callable(given)):
+                check_number(f"{name}: {what}", given)
+        if callable(self.weight_decay):
+            raise InputError(f"{name}: weight_decay takes no schedule; optax.inject_hyperparams makes one of it")
+        if self.weight_decay is not None:
+            check_number(f"{name}: weight_decay", self.weight_decay, least=0)
         for what, given in (("max_attempts", self.attempts), ("max_failures", self.failures)):
-            if isinstance(given, int | float) and not (given >= 1 and given == int(given)):
-                raise InputError(f"{name}: {what} must be a whole number of at least 1, got {given}")
+            check_number(f"{name}: {what}", given, least=1, whole=True)
         if self.momentum == "exact" and self.learning_rate != "exact":
             raise InputError(f"{name}: momentum='exact' needs learning_rate='exact': one quadratic model gives both")
         if isinstance(self.rule, TrustRadius) and (self.learning_rate == "exact" or self.keeps_steps):

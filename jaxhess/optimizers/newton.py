@@ -181,8 +181,9 @@ def scale_by_newton(
     Raises:
         InputError: for options out of range; in `update`, if the curvature is missing, has other parameters than the
             gradients (named by path) or is too large to diagonalise, or if the damping needs a value and there is none.
-        RuntimeError: (equinox's) when `max_failures` is reached; not with `raise_failures=False` in `update`, which leaves
-            it to the caller to look at `info.failed` and compiles without a callback to the host.
+        RuntimeError: (equinox's; within `jax.jit` what JAX makes of it) when `max_failures` is reached; not with
+            `raise_failures=False` in `update`, which leaves it to the caller to look at `info.failures_left` and compiles
+            without a callback to the host.
 
     >>> import jax, jax.numpy as jnp, jaxhess, optax
     >>> def error(params, x):

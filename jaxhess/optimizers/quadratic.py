@@ -81,10 +81,13 @@ class Combination(NamedTuple):
 
 
 def best_length(model: Restricted, damping: Array, momentum: Any = 0.0) -> Array:
-    """(α, μ) with the α that minimises the model along d alone, beside a given μ; (α,) without v."""
-    curved = model.forms[0, 0] + damping * model.inner[0, 0]
-    length = jnp.where(curved > 0, -model.slopes[0] / jnp.where(curved > 0, curved, 1), 1)
-    return jnp.stack([length, jnp.asarray(momentum, length.dtype)][: len(model.slopes)])
+    """(α, μ) with the α that minimises the model over α d + μ v, for a given μ; (α,) without v."""
+    damped = model.forms + damping * model.inner
+    given = jnp.asarray(momentum, damped.dtype)
+    slope = model.slopes[0] if len(model.slopes) == 1 else model.slopes[0] + given * damped[0, 1]
+    curved = damped[0, 0]
+    length = jnp.where(curved > 0, -slope / jnp.where(curved > 0, curved, 1), 1)
+    return jnp.stack([length, given][: len(model.slopes)])
 
 
 def best_combination(model: Restricted, damping: Array) -> Array:

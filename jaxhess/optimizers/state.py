@@ -1,5 +1,6 @@
 """What a second-order optimizer remembers and reports."""
 
+import contextvars
 from typing import Any, NamedTuple
 
 import jax
@@ -7,8 +8,19 @@ import optax
 
 from jaxhess._typing import Array, PyTree
 from jaxhess.optimizers.damping import Control
+from jaxhess.transforms.checks import check_parameters
 
-__all__ = ["SOLVERS", "Optimizer", "SecondOrderState", "StepInfo", "Wanted", "failures_message", "find_state", "find_states"]
+__all__ = [
+    "SOLVERS",
+    "Optimizer",
+    "SecondOrderState",
+    "StepInfo",
+    "Wanted",
+    "failures_message",
+    "find_state",
+    "find_states",
+    "wanted_within",
+]
 
 SOLVERS = (
     "none",
@@ -40,7 +52,7 @@ class StepInfo(NamedTuple):
     learning_rate: Array
     momentum: Array
     solver: Array  # int32
-    failed: Array  # bool: whether too many updates in a row met a number which is not finite
+    failures_left: Array  # int32: how many more updates in a row may meet a number which is not finite; 0 is an error
 
     @property
     def solver_name(self) -> str:
@@ -79,9 +91,35 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     @classmethod
     def of(cls, transformation: optax.GradientTransformation, wanted: Wanted) -> "Optimizer":
         """The transformation, with what it wants beside it."""
-        made = cls(transformation.init, optax.with_extra_args_support(transformation).update)
+
+        def init(params: PyTree) -> Any:
+            if jax.tree.leaves(params):
+                check_parameters(params)
+            found = _WANTED.get()
+            if found is not None:
+                found.append(wanted)
+            return transformation.init(params)
+
+        made = cls(init, optax.with_extra_args_support(transformation).update)
         made.wanted = wanted
         return made
+
+
+_WANTED: contextvars.ContextVar[list[Wanted] | None] = contextvars.ContextVar("wanted", default=None)
+
+
+def wanted_within(optimizer: Any, params: PyTree) -> Wanted | None:
+    """What the first second-order optimizer within `optimizer` wants, whatever is wrapped around it; None without one.
+
+    Wrappers forget all but two functions; their `init` calls that of what they wrap.
+    """
+    found: list[Wanted] = []
+    token = _WANTED.set(found)
+    try:
+        jax.eval_shape(optimizer.init, params)
+    finally:
+        _WANTED.reset(token)
+    return found[0] if found else None
 
 
 def find_state(state: Any) -> SecondOrderState | None:
@@ -98,7 +136,7 @@ def failures_message(name: str, count: Any) -> str:
     """What is said of too many failures."""
     return (
         f"{name}: {count} updates in a row met a loss, gradient or curvature that is not finite, and were not taken. Look "
-        "at the data and at the loss at these parameters; more damping does not mend it."
+        "at the data and at the loss at these parameters; damping mends only a singular curvature that has none."
     )
 
 

@@ -1,6 +1,7 @@
 """One jitted training step: loss, gradient, curvature, update."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +14,19 @@ from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.vectors import like, where
 from jaxhess.optimizers.gauss_newton import choose_solver
-from jaxhess.optimizers.kronecker_newton import WANTED, Memory
 from jaxhess.optimizers.products import value_grad_and_linearised
 from jaxhess.optimizers.sampling import sampled_curvature
-from jaxhess.optimizers.state import SOLVERS, SecondOrderState, Wanted, failures_message, find_state, find_states
+from jaxhess.optimizers.state import (
+    SOLVERS,
+    SecondOrderState,
+    Wanted,
+    failures_message,
+    find_state,
+    find_states,
+    wanted_within,
+)
 from jaxhess.transforms import gauss_newton, gauss_newton_vp, hessian, hvp, linearized_hvp, value_grad_and_hessian
-from jaxhess.transforms.checks import check_option, hashable
+from jaxhess.transforms.checks import check_batch, check_option, check_parameters, hashable
 
 __all__ = ["Metrics", "step"]
 
@@ -26,9 +34,10 @@ __all__ = ["Metrics", "step"]
 class Metrics(NamedTuple):
     """What one training step tells; each 0-d, NaN where it is not known.
 
-    `loss` is the mean before the step, `damping` the next step's (a trust region's radius), `gain_ratio` what the loss fell
-    by over what the quadratic model said; `accepted` whether the parameters moved, `attempts` how many dampings were tried,
-    `iterations` those of the solver, `residual` that of its last system; `solver` a place in `SOLVERS`.
+    `loss` is the mean before the step, `damping` the next step's (a trust region's radius; of a schedule, this step's),
+    `gain_ratio` what the loss fell by over what the quadratic model said; `accepted` whether the parameters moved,
+    `attempts` how many dampings were tried, `iterations` those of the solver, `residual` that of its last system; `solver`
+    a place in `SOLVERS`.
     """
 
     loss: Array
@@ -64,8 +73,7 @@ def step(
             `params`: those of Flax (`nnx.State`) or Equinox (a filtered module) too.
         optimizer: of `jaxhess.optimizers`, alone or within `optax.chain`, `optax.masked` and the like; or any of optax.
         curvature: "hessian" or "gauss_newton", or a function of `(params, *batch)` that gives an operator. By default what
-            the optimizer wants; `optax.chain` and the like forget that of `newton` and `gauss_newton`, which then get
-            Gauss-Newton of a pair and the Hessian else.
+            the optimizer wants, whatever is wrapped around it.
         blocks: "diagonal" or "full", of the curvature; by default what the optimizer wants, or "diagonal" for a Hessian and
             "full" for Gauss-Newton.
         batch_size: compute the curvature in chunks of so many examples.
@@ -75,8 +83,7 @@ def step(
 
     Raises:
         InputError: if Gauss-Newton is wanted of a loss alone, or for options that are not known.
-        RuntimeError: by the function, when `max_failures` updates in a row met a number that is not finite; in a loop that
-            never looks at its results, maybe some calls later.
+        RuntimeError: by the function, when `max_failures` updates in a row met a number that is not finite.
 
     >>> import jax.numpy as jnp, jaxhess
     >>> from jaxhess import optimizers
@@ -94,10 +101,16 @@ def step(
         raise InputError(f"step: a model comes with its loss, (model, loss); got {len(loss_or_model)} functions")
     model, loss = map(hashable, loss_or_model if pair else (loss_or_model, loss_or_model))
     error = _Error(model, loss) if pair else model
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise InputError(f"step: optimizer must be one of optax's kind, with init and update, got {optimizer!r:.60}")
+    if isinstance(curvature, str):
+        check_option("curvature", curvature, ("hessian", "gauss_newton"))
+    if blocks is not None:
+        check_option("blocks", blocks, ("diagonal", "full"))
     known, options = getattr(optimizer, "wanted", None), (pair, curvature, blocks)
     if known is not None:
         _wanted(known, *options, second_order=True)  # wrong ones are refused at once
-    update = optax.with_extra_args_support(optimizer).update
+    update = _with_extra_arguments(optimizer)
 
     def mean(params: PyTree, *batch: PyTree) -> Array:
         return jnp.mean(jax.vmap(error, in_axes=(None, *(0 for _ in batch)))(params, *batch))
@@ -139,7 +152,10 @@ def step(
 
     def body(params: PyTree, state: Any, *batch: PyTree, raise_failures: bool) -> tuple[PyTree, Any, Metrics]:
         own = find_state(state)
-        wanted = _wanted(known or _wanted_by(own), *options, second_order=own is not None)
+        if own is not None:
+            check_parameters(params)
+            check_batch(error, batch)
+        wanted = _wanted(known or wanted_within(optimizer, params), *options, second_order=own is not None)
         value, gradient, extra = arguments(wanted, 0 if own is None else own.count, params, *batch)
         if own is not None:
             extra |= {"all_params": params, "raise_failures": raise_failures}
@@ -156,6 +172,8 @@ def step(
             return compiled(params, state, *batch, raise_failures=True)
         # Without callbacks within: such programs are slower to call, and their errors say "INTERNAL" before anything else.
         found = compiled(params, state, *batch, raise_failures=False)
+        if isinstance(found[2].loss, Tracer):  # all arguments are constants of a function that is traced
+            return compiled(params, state, *batch, raise_failures=True)
         _raise_failures(state, found[1])
         return found
 
@@ -163,15 +181,16 @@ def step(
 
 
 def _raise_failures(before: Any, after: Any) -> None:
-    """An error for too many failures in a row, without waiting for a step that has no reason to be one of them."""
+    """An error for too many failures in a row; waits for the step before, and for this one where it may be one too many."""
     for old, new in zip(find_states(before), find_states(after), strict=True):
-        doubtful = _is_ready(old.failures) and int(old.failures) > 0
-        if (doubtful or _is_ready(new.info.failed)) and bool(new.info.failed):
+        if int(old.info.failures_left) <= 1 and int(new.info.failures_left) <= 0:
             raise RuntimeError(failures_message("optimizers.step", int(new.failures)))
 
 
-def _is_ready(x: Any) -> bool:
-    return x.is_ready() if hasattr(x, "is_ready") else True  # a restored state may have NumPy's arrays
+def _with_extra_arguments(optimizer: Any) -> Callable[..., tuple[PyTree, Any]]:
+    """Its `update`, which is given extra arguments if it takes any: `optax.MultiSteps` does, and is no type that says so."""
+    takes = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(optimizer.update).parameters.values())
+    return optimizer.update if takes else optax.with_extra_args_support(optimizer).update
 
 
 class _Error:
@@ -179,6 +198,7 @@ class _Error:
 
     def __init__(self, model: Callable[..., Any], loss: Callable[..., Any]) -> None:
         self.model, self.loss = model, loss
+        self.__name__ = " of ".join(getattr(each, "__name__", type(each).__name__) for each in (loss, model))
 
     def __call__(self, params: PyTree, x: PyTree, *targets: PyTree) -> Array:
         return self.loss(self.model(params, x), *targets)
@@ -194,10 +214,6 @@ def _wanted(own: Wanted | None, pair: bool, curvature: Any, blocks: str | None, 
     """The curvature to compute; None for an optimizer that takes none."""
     if not second_order and curvature is None:
         return None
-    if isinstance(curvature, str):
-        check_option("curvature", curvature, ("hessian", "gauss_newton"))
-    if blocks is not None:
-        check_option("blocks", blocks, ("diagonal", "full"))
     named = curvature if isinstance(curvature, str) else None
     kind = named or (own.curvature if own else "gauss_newton" if pair else "hessian")
     if kind == "either":
@@ -210,11 +226,6 @@ def _wanted(own: Wanted | None, pair: bool, curvature: Any, blocks: str | None, 
         )
     chosen = own.blocks if own and own.curvature in (kind, "either") else usual
     return Wanted(kind, blocks or chosen, own.sampled, own.solver) if own else Wanted(kind, blocks or chosen)
-
-
-def _wanted_by(state: SecondOrderState | None) -> Wanted | None:
-    """What can be told from the state, where a chain has forgotten the rest."""
-    return WANTED if state is not None and isinstance(state.memory, Memory) else None
 
 
 def _by_products(wanted: Wanted, evaluate: Callable[..., Any], params: PyTree, *batch: PyTree) -> bool:

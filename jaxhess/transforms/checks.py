@@ -1,16 +1,30 @@
 """What every transformation checks before it compiles anything, and how compiled code takes and returns trees."""
 
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxhess._linalg import widened
 from jaxhess._typing import Array, InputError, PyTree
 
-__all__ = ["Error", "Shared", "check_batch", "check_batch_size", "check_option", "check_parameters", "hashable", "widened"]
+__all__ = [
+    "Error",
+    "Shared",
+    "as_static_integer",
+    "check_batch",
+    "check_batch_size",
+    "check_number",
+    "check_option",
+    "check_parameters",
+    "hashable",
+    "widened",
+]
 
 Error = Callable[..., Array]
 
@@ -111,6 +125,48 @@ def check_batch_size(batch_size: int | None) -> None:
     integral = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
     if batch_size is not None and (not integral or batch_size < 1):
         raise InputError(f"batch_size must be a positive integer or None, but is {batch_size!r}.")
+
+
+def check_number(
+    what: str,
+    given: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    whole: bool = False,
+) -> None:
+    """Raise `InputError` unless it is one real number, finite and within bounds as far as it is known; `what` says whose."""
+    known = isinstance(given, int | float | complex | np.generic | np.ndarray | jax.Array) and not isinstance(given, bool)
+    if known and jnp.ndim(given) != 0:
+        raise InputError(f"{what} must be one number, got an array of shape {jnp.shape(given)}")
+    if not known or not jnp.issubdtype(jnp.result_type(given), jnp.number) or jnp.iscomplexobj(given):
+        raise InputError(f"{what} must be a real number, got {type(given).__name__} {given!r:.60}")
+    if isinstance(given, Tracer):
+        return
+    value = float(np.real(given))
+    if not math.isfinite(value):
+        raise InputError(f"{what} must be finite, got {given}")
+    if whole and value != int(value):
+        raise InputError(f"{what} must be a whole number, got {given}")
+    if value < least or value <= above or value >= below:
+        bounds = [f"at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+        bounds += [f"below {below:g}"] * (below < math.inf)
+        raise InputError(f"{what} must be {' and '.join(bounds)}, got {given}")
+
+
+def as_static_integer(what: str, given: Any) -> int:
+    """A whole number of at least 1 that compiled code is made for; raises `InputError` for others."""
+    integral = isinstance(given, numbers.Integral) and not isinstance(given, bool)
+    if not integral:
+        array = isinstance(given, jax.Array)
+        raise InputError(
+            f"{what} must be a Python integer of at least 1, since compiled code depends on it, got {type(given).__name__} "
+            f"{given!r:.60}" + ("; optax.inject_hyperparams takes it as one of its static_args" if array else "")
+        )
+    if given < 1:
+        raise InputError(f"{what} must be a whole number of at least 1, got {given}")
+    return int(given)
 
 
 def check_option(name: str, value: str, known: Sequence[str]) -> None:

@@ -9,7 +9,16 @@ import pytest
 
 from jaxhess._typing import InputError
 from jaxhess.operators import Dense
-from jaxhess.optimizers import TrustRadius, constant, levenberg_marquardt, newton, scale_by_gauss_newton, scale_by_newton
+from jaxhess.optimizers import (
+    TrustRadius,
+    constant,
+    gauss_newton,
+    kronecker_newton,
+    levenberg_marquardt,
+    newton,
+    scale_by_gauss_newton,
+    scale_by_newton,
+)
 from jaxhess.optimizers.damping import as_rule
 
 RATIOS = [-3.0, 0.0, 0.1, 0.25, 0.5, 0.8, 1.0, 1.3, 40.0, np.inf]
@@ -107,13 +116,23 @@ def test_trust_radius():
 
 def test_options_that_are_refused():
     for attempt, what in (
-        (lambda: constant(-1.0), "must not be negative"),
-        (lambda: constant(float("nan")), "must not be negative"),
-        (lambda: levenberg_marquardt(0.0), "initial must be positive"),
-        (lambda: levenberg_marquardt(float("nan")), "initial must be positive"),
+        (lambda: constant(-1.0), "damping must be at least 0, got -1"),
+        (lambda: constant(np.float32(-1)), "damping must be at least 0, got -1"),
+        (lambda: constant(jnp.asarray(-1.0)), "damping must be at least 0, got -1"),
+        (lambda: constant(float("nan")), "must be finite, got nan"),
+        (lambda: constant(float("inf")), "must be finite, got inf"),
+        (lambda: constant(1j), "must be a real number, got complex 1j"),
+        (lambda: constant(None), "must be a real number, got NoneType"),
+        (lambda: constant("a"), "must be a real number, got str 'a'"),
+        (lambda: levenberg_marquardt(0.0), "initial must be above 0"),
+        (lambda: levenberg_marquardt(float("nan")), "initial must be finite"),
+        (lambda: levenberg_marquardt(np.asarray(-1.0)), "initial must be above 0"),
+        (lambda: levenberg_marquardt(decrease="a"), "decrease must be a real number"),
+        (lambda: TrustRadius(np.float32(-1)), "initial must be above 0"),
+        (lambda: gauss_newton(damping=np.float32(-1)), "gauss_newton: damping must be at least 0"),
         (lambda: levenberg_marquardt(decrease=1.0), "decrease must be above 1"),
         (lambda: levenberg_marquardt(least=2.0, most=1.0), "least <= most"),
-        (lambda: levenberg_marquardt(least=-1.0), "least <= most"),
+        (lambda: levenberg_marquardt(least=-1.0), "least must be at least 0"),
         (lambda: as_rule("newton", "lm"), "newton: damping must be .*'lm'"),
         (lambda: as_rule("newton", jnp.ones(2)), r"newton: damping must be one number.*\(2,\)"),
         (lambda: newton(damping=TrustRadius()), "is for curvature='trust_region'"),
@@ -127,6 +146,16 @@ def test_options_that_are_refused():
         (lambda: newton("trust_region", "full", momentum=0.9), "sets the whole step"),
         (lambda: newton(max_attempts=0), "max_attempts must be .*at least 1"),
         (lambda: newton(max_failures=0), "max_failures must be .*at least 1"),
+        (lambda: newton(max_failures=None), "max_failures must be a real number"),
+        (lambda: newton(max_failures=float("inf")), "max_failures must be finite"),
+        (lambda: newton(max_attempts=2.5), "max_attempts must be a whole number"),
+        (lambda: newton(max_attempts="8"), "max_attempts must be a real number"),
+        (lambda: newton(learning_rate=np.float32("nan")), "learning_rate must be finite"),
+        (lambda: newton(learning_rate=[1.0]), "learning_rate must be a real number"),
+        (lambda: newton(weight_decay=-0.1), "weight_decay must be at least 0"),
+        (lambda: newton(weight_decay=lambda count: 0.1), "weight_decay takes no schedule"),
+        (lambda: kronecker_newton(every=None), "every must be a real number"),
+        (lambda: kronecker_newton(max_iterations=jnp.asarray(3)), "max_iterations must be a Python integer.*static_args"),
         (lambda: newton("abs"), "curvature must be one of absolute"),
         (lambda: newton(blocks="layer"), "blocks must be"),
         (lambda: scale_by_gauss_newton(solver="lu"), "solver must be"),
@@ -139,7 +168,7 @@ def test_options_that_are_refused():
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("nan")])
 def test_a_radius_must_be_positive(radius):
-    with pytest.raises(InputError, match="positive"):
+    with pytest.raises(InputError, match=r"TrustRadius: initial must be (above 0|finite)"):
         newton("trust_region", "full", damping=TrustRadius(radius))
 
 

@@ -406,15 +406,15 @@ def test_layers_along_other_axes(net, layer):
 
 def test_refusals(net):
     for options, what in (
-        ({"every": 0}, "every must be a whole number"),
+        ({"every": 0}, "every must be at least 1"),
         ({"every": 2.5}, "every must be a whole number"),
-        ({"decay": 1.0}, "decay must be in"),
-        ({"decay": -0.1}, "decay must be in"),
+        ({"decay": 1.0}, "decay must be at least 0 and below 1"),
+        ({"decay": -0.1}, "decay must be at least 0 and below 1"),
         ({"learning_rate": 1.0}, "momentum='exact' needs learning_rate='exact'"),
         ({"max_iterations": 0}, "max_iterations must be a whole number of at least 1"),
-        ({"max_iterations": 2.0}, "max_iterations must be a whole number of at least 1"),
-        ({"progress": 1.0}, "progress must be in"),
-        ({"progress": -0.1}, "progress must be in"),
+        ({"max_iterations": 2.0}, "max_iterations must be a Python integer of at least 1"),
+        ({"progress": 1.0}, "progress must be at least 0 and below 1"),
+        ({"progress": -0.1}, "progress must be at least 0 and below 1"),
     ):
         with pytest.raises(InputError, match=what):
             kronecker_newton(**options)

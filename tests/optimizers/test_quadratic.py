@@ -126,7 +126,7 @@ def test_an_indefinite_plane_has_no_minimum_and_is_left_alone():
 def test_length_alone_beside_a_given_momentum():
     C, g, d, v = case(4)
     A = C + 0.2 * np.eye(N)
-    length = -(g @ d) / (d @ A @ d)
+    length = -(g @ d + 0.9 * d @ A @ v) / (d @ A @ d)
     plane = quadratic(C, g).restricted(stacked([d, v]))
     found = combination_of([tree(d), tree(v)], plane, best_length(plane, jnp.asarray(0.2), 0.9))
     np.testing.assert_allclose([found.learning_rate, found.momentum], [length, 0.9], rtol=1e-10)
