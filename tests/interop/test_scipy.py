@@ -162,5 +162,5 @@ def test_wrong_arguments_are_refused():
         as_linear_operator(np.eye(3))
     with pytest.raises(InputError, match="example of what it takes"):
         as_linear_operator(lambda v: v)
-    with pytest.raises(ValueError, match="(?i)dimension mismatch"):
+    with pytest.raises(ValueError, match=r"(?i)dimension mismatch"):
         as_linear_operator(hessian()) @ np.ones(3)
