@@ -152,10 +152,12 @@ def step(
 
     def body(params: PyTree, state: Any, *batch: PyTree, raise_failures: bool) -> tuple[PyTree, Any, Metrics]:
         own = find_state(state)
+        within = known
         if own is not None:
             check_parameters(params)
             check_batch(error, batch)
-        wanted = _wanted(known or wanted_within(optimizer, params), *options, second_order=own is not None)
+            within = known or wanted_within(optimizer, params)
+        wanted = _wanted(within, *options, second_order=own is not None)
         value, gradient, extra = arguments(wanted, 0 if own is None else own.count, params, *batch)
         if own is not None:
             extra |= {"all_params": params, "raise_failures": raise_failures}
