@@ -44,14 +44,53 @@ assert len(found["u"].term.uses[0].outputs.sharding.device_set) == 8
 np.testing.assert_allclose(found.as_matrix(), expected.as_matrix(), rtol=1e-11, atol=1e-11)
 """
 
+TRAINING = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import jaxhess
+from jaxhess import optimizers
 
-def test_a_sharded_batch_gives_the_same():
+mesh = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(0)
+params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in {"w": (8, 4), "b": 8, "v": (3, 8)}.items()}
+batch = jnp.asarray(rng.normal(size=(16, 4))), jnp.asarray(rng.normal(size=(16, 3)))
+
+def model(p, x):
+    return p["v"] @ jnp.tanh(p["w"] @ x + p["b"])
+
+for optimizer in (optimizers.kronecker_newton(), optimizers.gauss_newton(), optimizers.newton()):
+    train = optimizers.step((model, jaxhess.losses.squared_error), optimizer)
+
+    def trained(params, batch):
+        state = optimizer.init(params)
+        for _ in range(3):
+            params, state, metrics = train(params, state, *batch)
+        return params, metrics
+
+    expected, metrics = trained(params, batch)
+    by_rows = NamedSharding(mesh, PartitionSpec("examples"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    for placed, shared in (
+        (jax.device_put(params, everywhere), jax.device_put(batch, by_rows)),
+        (jax.device_put(params, {"w": by_rows, "b": by_rows, "v": everywhere}), jax.device_put(batch, everywhere)),
+    ):
+        found, metrics_there = trained(placed, shared)
+        np.testing.assert_allclose(metrics_there.loss, metrics.loss, rtol=1e-9)
+        for name in params:
+            assert len(found[name].sharding.device_set) == 8
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-9)
+"""
+
+
+@pytest.mark.parametrize("program", [SHARDED, TRAINING], ids=["curvature", "training"])
+def test_a_sharded_batch_gives_the_same(program):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_ENABLE_X64": "1",
         "JAX_PLATFORMS": "cpu",
     }
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 def recurrent():
