@@ -1,5 +1,7 @@
 """Convolutions and lookups as contractions: against autodiff, in the structure that is claimed, at the value they had."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,8 +31,10 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * scale)
 
 
-def check(error, params, batch, **options):
-    """Value, gradients, every block, its diagonal and its products; returns the Hessian."""
+def check(error, params, batch, plain=None, **options):
+    """Value, gradients, every block, its diagonal and its products against autodiff, of `plain` where that is the same
+    function; returns the Hessian."""
+    differentiated = error if plain is None else plain
 
     @jax.jit
     def ours(params, batch):
@@ -41,7 +45,7 @@ def check(error, params, batch, **options):
     @jax.jit
     def reference(flat):
         def mean(flat):
-            return jnp.mean(jax.vmap(lambda example: error(unravel(flat), *example))(batch))
+            return jnp.mean(jax.vmap(lambda example: differentiated(unravel(flat), *example))(batch))
 
         return mean(flat), jax.grad(mean)(flat), jax.hessian(mean)(flat)
 
@@ -323,20 +327,21 @@ LOOKUPS = {
     "filled partly": lambda e, i: jnp.nan_to_num(e.at[i, :].get(mode="fill", fill_value=0)),
 }
 
+# The same rows by indices that need no clamping, of which JAX 0.7.2 has the gradient wrong (zero).
+WITHIN_BOUNDS = {"one that is clamped": lambda e, i: lax.dynamic_slice(e, (jnp.minimum(i[0] + 9, 5), 0), (1, 3))}
+
 
 @pytest.mark.parametrize("name", LOOKUPS)
 def test_lookups_equal_autodiff(name):
-    if name == "one that is clamped" and jax.__version_info__ < (0, 10):
-        pytest.skip("the gradient of JAX itself is zero there, 0.7.2's is, though the last row is read")
-
-    def error(p, i, x):
-        rows = LOOKUPS[name](p["e"], i)
+    def error(p, i, x, lookup=LOOKUPS[name]):
+        rows = lookup(p["e"], i)
         y = jnp.tanh(rows * p["s"]).reshape(-1)
         return jnp.sum(y) ** 2 + jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype))) * x
 
     i = jnp.array([[0, 3, 3, 5], [4, 5, 1, 0], [2, 2, 2, 2]])
     params = {"e": normal(0, 6, 3) if name not in ("last axis", "a middle axis", "reshaped") else normal(0, 12, 3)}
-    H = check(error, params | {"s": jnp.array(1.3)}, (i, normal(2, 3)))
+    plain = functools.partial(error, lookup=WITHIN_BOUNDS[name]) if name in WITHIN_BOUNDS else None
+    H = check(error, params | {"s": jnp.array(1.3)}, (i, normal(2, 3)), plain)
     if name == "last axis":  # sliced before: not a whole parameter
         assert isinstance(H["e"], Pullback)
     elif name in ("one", "one as a slice", "one that is clamped", "an entry"):
