@@ -28,12 +28,14 @@ from jaxhess.optimizers.quadratic import (
 __all__ = ["Attempts", "Problem"]
 
 _RATIO = 2.0  # between the dampings of an approximate inverse that are compared
+_BOUNDS = 1e-12, 1e12  # of them
 
 
 class Attempts(NamedTuple):
-    """Where the attempts are: `control` for the next one, and how the last one went."""
+    """Where the attempts are: `control` for the next one, the `value` to compare with, and how the last one went."""
 
     control: Control
+    value: Array
     step: PyTree
     new_value: Array
     predicted: Array
@@ -56,7 +58,8 @@ class _Proposal(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One update: the quadratic `model` of the error, what the method `prepared`, the last step `previous` or (), the error
-    `value` at the parameters, and `evaluate`, the error after a step, None where it is not known."""
+    `value` at the parameters, the `noise` that their rounding makes in it, and `evaluate`, the error after a step, None
+    where it is not known."""
 
     method: Method
     settings: Settings
@@ -65,6 +68,7 @@ class Problem:
     previous: PyTree
     count: Array
     value: Array
+    noise: Array
     evaluate: Callable[[PyTree], Array] | None
 
     def solved(self, control: Control, proceed: Array) -> Attempts:
@@ -76,8 +80,8 @@ class Problem:
             return found._replace(step=unravel(found.step))
         nothing, zero = jnp.full((), jnp.nan, self.value.dtype), jnp.zeros((), jnp.int32)
         start = Attempts(
-            control, jax.tree.map(jnp.zeros_like, self.model.gradient), nothing, nothing, nothing, jnp.zeros((), bool), zero,
-            zero, nothing, nothing, nothing,
+            control, self.value, jax.tree.map(jnp.zeros_like, self.model.gradient), nothing, nothing, nothing,
+            jnp.zeros((), bool), zero, zero, nothing, nothing, nothing,
         )  # fmt: skip
         most = self.settings.attempts if self.evaluate is not None else 1
 
@@ -101,15 +105,14 @@ class Problem:
         predicted = -(dot(self.model.gradient, step) + scale * scale * found.combination.curved / 2).astype(dtype)
         length = norm(step).astype(dtype)
         known = jnp.isfinite(length) & jnp.isfinite(predicted)
-        new_value, accepted = jnp.full((), jnp.nan, dtype), known
-        # What rounding hides says nothing against the model; nor is it a rise, where another program computed the value.
-        rounding = 4 * jnp.finfo(dtype).eps * jnp.abs(self.value)
-        hidden = predicted <= rounding
+        value, new_value, accepted = before.value, jnp.full((), jnp.nan, dtype), known
         if self.evaluate is not None:
-            new_value = self.evaluate(step)
-            accepted = known & (new_value <= self.value + jnp.where(hidden, rounding, 0)) & jnp.isfinite(new_value)
-        ratio = (self.value - new_value) / jnp.where(predicted > 0, predicted, 1)
-        ratio = jnp.where(predicted > 0, ratio, jnp.where(self.value > new_value, 1, 0) + 0 * ratio)
+            value, new_value = self._measured(before, step, predicted)
+            accepted = known & (new_value <= self._limit(value, predicted)) & jnp.isfinite(new_value)
+        # What rounding hides says nothing against the model.
+        hidden = (predicted <= self._rounding(value)) | (new_value == value)
+        ratio = (value - new_value) / jnp.where(predicted > 0, predicted, 1)
+        ratio = jnp.where(predicted > 0, ratio, jnp.where(value > new_value, 1, 0) + 0 * ratio)
         rule = self.settings.rule
         if self.evaluate is not None:
             damped = control.damping * length * length
@@ -120,9 +123,43 @@ class Problem:
         elif rule.adaptive:
             control = where(accepted, control, rule.refused(control, length))
         return Attempts(
-            control, step, new_value, predicted, ratio, accepted, before.tried + 1, before.iterations + found.iterations,
-            found.residual, found.combination.learning_rate, found.combination.momentum,
+            control, value, step, new_value, predicted, ratio, accepted, before.tried + 1,
+            before.iterations + found.iterations, found.residual,
+            found.combination.learning_rate, found.combination.momentum,
         )  # fmt: skip
+
+    def _rounding(self, value: Array) -> Array:
+        """A change of the error that rounding, of itself or of the parameters, may hide."""
+        return 4 * jnp.finfo(value.dtype).eps * jnp.abs(value) + self.noise
+
+    def _limit(self, value: Array, predicted: Array) -> Array:
+        """What the error may be after a step: no more than before; up to rounding, if no more than that is predicted."""
+        rounding = self._rounding(value)
+        return value + jnp.where(predicted <= rounding, rounding, 0)
+
+    def _measured(self, before: Attempts, step: PyTree, predicted: Array) -> tuple[Array, Array]:
+        """The errors at the parameters and after the step.
+
+        The error that came with the gradient is rounded otherwise than that after a step: by more than steps gain where the
+        error is very sensitive, as that of a long recurrence can be. So before the first step is refused, it is computed
+        again by the very same program, a loop of one or two rounds.
+        """
+        assert self.evaluate is not None
+        evaluate, first = self.evaluate, before.tried == 0
+
+        def unfinished(rounds: tuple[Array, Array, Array]) -> Array:
+            done, value, new_value = rounds
+            return (done == 0) | ((done == 1) & first & ~(new_value <= self._limit(value, predicted)))
+
+        def measure(rounds: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            done, value, new_value = rounds
+            found = evaluate(jax.tree.map(lambda s: jnp.where(done == 0, s, 0), step))
+            here = jnp.where((done == 1) & jnp.isfinite(found), found, value)
+            return done + 1, here, jnp.where(done == 0, found, new_value)
+
+        start = jnp.zeros((), jnp.int32), before.value, jnp.full_like(before.value, jnp.nan)
+        _, value, new_value = jax.lax.while_loop(unfinished, measure, start)
+        return value, new_value
 
     def _proposed(self, control: Control, first: Array) -> _Proposal:
         """The step for these dampings, and the dampings with that of an approximate inverse as it was chosen. A given
@@ -134,7 +171,9 @@ class Problem:
             return _Proposal(combination, found.iterations, found.residual, control)
 
         def chosen(control: Control) -> tuple[Array, Combination]:
-            strengths = control.strength * jnp.asarray([1 / _RATIO, 1, _RATIO], control.strength.dtype)
+            # The same first: of equal ones it is kept, as far from where it matters all of them are equal.
+            strengths = control.strength * jnp.asarray([1, 1 / _RATIO, _RATIO], control.strength.dtype)
+            strengths = jnp.clip(strengths, *_BOUNDS)
             combination, best = self._combined(self._directions(strengths), control.damping, first)
             return strengths[best], combination
 

@@ -1,7 +1,7 @@
 """One update of a second-order optimizer: solve, look at what the step does, take it or try a shorter one.
 
 What is solved with is a `Method`; the rest is the same for all of them. A step that raises the error, by more than rounding
-does, is never taken where `value_fn` is given, nor one with numbers that are not finite.
+of it or of the parameters does, is never taken where `value_fn` is given, nor one with numbers that are not finite.
 """
 
 from collections.abc import Callable
@@ -97,7 +97,8 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         if value_fn is None and settings.rule.adaptive:
             control = _by_last_value(settings.rule, control, state, value)
         by = evaluate if value_fn is not None else None
-        tries = Problem(method, settings, prepared, model, state.previous, count, value, by).solved(control, finite)
+        noise = jnp.zeros_like(value) if by is None else _noise(gradient, params, dtype)
+        tries = Problem(method, settings, prepared, model, state.previous, count, value, noise, by).solved(control, finite)
         failed = ~finite | ~jnp.isfinite(norm(tries.step)) | ~jnp.isfinite(tries.predicted)
         if by is not None:
             failed = failed | ~(tries.accepted | jnp.isfinite(tries.new_value))
@@ -180,6 +181,11 @@ def _check(name: str, settings: Settings, curvature: Any, value: Any, value_fn: 
         raise InputError(f"{name}: value must be the mean loss, a scalar, got shape {jnp.shape(value)}")
     if params is None and (value_fn is not None or settings.weight_decay is not None):
         raise InputError(f"{name}: update needs params= beside value_fn= or weight_decay")
+
+
+def _noise(gradient: PyTree, params: PyTree, dtype: Any) -> Array:
+    """By how much, about, rounding of the parameters changes the error."""
+    return norm(jax.tree.map(lambda g, p: g * p.astype(g.dtype) * jnp.finfo(p.dtype).eps, gradient, params)).astype(dtype)
 
 
 def _rounded(x: Array, dtype: Any) -> Array:

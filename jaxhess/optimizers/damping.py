@@ -8,6 +8,8 @@ Levenberg-Marquardt, in the form of Nielsen (1999), with ν = 2 after every step
 
     taken       λ <- λ max(1/decrease, 1 - (2 ρ - 1)^3)          refused     λ <- λ ν,  ν <- min(2 ν, 16)
 
+The damping γ of an approximate inverse, which is chosen for itself, rises with λ and comes back down with it.
+
 A trust region has a radius Δ in the place of λ (Moré 1983): a quarter of it where ρ < 1/4 or the step is refused, twice as
 much where ρ > 3/4 and the step went all the way to Δ.
 """
@@ -86,14 +88,15 @@ class LevenbergMarquardt:
         raised = control.damping > control.level
         least = jnp.where((share > _MOST_SHARE) | raised, 1 / (self.release or self.decrease), 1 / self.decrease)
         factor = jnp.clip(1 - (2 * bounded - 1) ** 3, least, 2.0)
-        return self._limited(control, control.damping * factor, jnp.full_like(control.growth, _GROWTH))
+        after = self._limited(control, control.damping * factor, jnp.full_like(control.growth, _GROWTH))
+        return after._replace(strength=jnp.where(raised, _as_damping(control, after), control.strength))
 
     def refused(self, control: Control, length: Array) -> Control:
         del length
         growth = jnp.minimum(control.growth * 2, _MOST_GROWTH)
         refused = self._limited(control, control.damping * control.growth, growth)
         level = jnp.where(control.growth == _GROWTH, _GROWTH * control.damping, control.level)
-        return refused._replace(strength=control.strength * control.growth, level=level)
+        return refused._replace(strength=_as_damping(control, refused), level=level)
 
     def _limited(self, control: Control, damping: Array, growth: Array) -> Control:
         return control._replace(damping=jnp.clip(damping, self.least, self.most), growth=growth)
@@ -131,6 +134,11 @@ class TrustRadius:
     def refused(self, control: Control, length: Array) -> Control:
         known = jnp.isfinite(length) & (length > 0)
         return control._replace(damping=jnp.minimum(control.damping, jnp.where(known, length, control.damping)) / 4)
+
+
+def _as_damping(before: Control, after: Control) -> Array:
+    """γ changed by as much as λ."""
+    return before.strength * jnp.where(before.damping > 0, after.damping / before.damping, 1)
 
 
 def _begun(damping: Any, dtype: Any) -> Control:

@@ -83,6 +83,22 @@ def test_damping_that_a_refused_update_raised_falls_faster_until_it_is_near_wher
     )
 
 
+def test_the_damping_of_an_approximate_inverse_rises_with_damping_and_comes_back_with_it():
+    rule = levenberg_marquardt(1.0, decrease=1.5, release=2.0, most=1e6)
+    control = rule.start(jnp.float32)._replace(strength=jnp.asarray(0.01, jnp.float32))
+    ratio = jnp.asarray(1.0, jnp.float32)
+    for _ in range(40):
+        control = rule.refused(control, LENGTH)
+    np.testing.assert_allclose([control.damping, control.strength], [1e6, 1e4], rtol=1e-5)
+    while control.damping > control.level:
+        control = rule.taken(control, ratio, LENGTH, HALF)
+        np.testing.assert_allclose(control.strength, 0.01 * control.damping, rtol=1e-5)
+    # Near where it was, λ goes on falling by what the model says, γ is chosen for itself.
+    after = rule.taken(control, ratio, LENGTH, HALF)
+    assert after.damping < control.damping
+    assert after.strength == control.strength
+
+
 def test_levenberg_marquardt_stays_in_its_bounds():
     rule = levenberg_marquardt(1.0, decrease=10.0, least=0.05, most=100.0)
     control = rule.start(jnp.float32)

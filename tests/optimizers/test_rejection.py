@@ -277,7 +277,47 @@ def test_a_value_of_another_rounding_does_not_stop_it(net):
     value, grads = jax.value_and_grad(mean)(params)
     G = jaxhess.gauss_newton(net.model, net.loss, blocks="full")(params, *batch)
     optimizer = optimizers.gauss_newton(damping=1e12)
-    below = value * (1 - 2 * jnp.finfo(jnp.float32).eps)
-    for given, accepted in ((below, True), (value * (1 - 1e-4), False)):
+    for given in (value * (1 - 2 * jnp.finfo(jnp.float32).eps), value * (1 - 1e-4)):
         _, state = optimizer.update(grads, optimizer.init(params), params, curvature=G, value=given, value_fn=mean)
-        assert state[0].info.accepted == accepted
+        info = state[0].info
+        assert info.accepted
+        assert info.attempts == 1
+        assert info.new_loss <= mean(params) * (1 + 4 * jnp.finfo(jnp.float32).eps)
+
+
+@functools.cache
+def updating_small_steps(risen, damping):
+    """Updates with gradients so large that rounding of the parameters changes the error by 2e-5, of which the first step,
+    one unit in the last place, is to gain less; by `risen` the error is larger after any step. In float32."""
+    x, g = jnp.full(2, 4.0, jnp.float32), jnp.full(2, 35.0, jnp.float32)
+    curvature = BlockDiagonal(Dense(5e7 * jnp.eye(2, dtype=jnp.float32), tags=lx.positive_semidefinite_tag))
+    optimizer = gauss_newton(damping=levenberg_marquardt(damping), max_attempts=1)
+
+    def value_fn(moved):
+        return jnp.where(jnp.all(moved == x), 0.01, 0.01 + risen).astype(jnp.float32)
+
+    @jax.jit
+    def update(state):
+        return optimizer.update(g, state, x, curvature=curvature, value=jnp.float32(0.01), value_fn=value_fn)[1]
+
+    return optimizer.init(x), update
+
+
+@pytest.mark.parametrize(("risen", "accepted"), [(2e-5, True), (1e-4, False)])
+def test_what_rounding_of_the_parameters_does_says_nothing_against_a_step(helpers, risen, accepted):
+    """Else damping would rise for ever where every step, the smallest one too, changes the error by more than it gains."""
+    start, update = updating_small_steps(risen, 5e7)
+    state = helpers.find(update(start))
+    assert 1e-5 < state.info.predicted < 2e-5
+    np.testing.assert_allclose(state.info.new_loss, 0.01 + risen, rtol=1e-6)
+    assert state.info.accepted == accepted
+    assert (state.control.damping < 5e7) == accepted
+
+
+def test_damping_falls_where_steps_change_nothing_at_all(helpers):
+    """The parameters' rounding hides these steps themselves: they are no evidence that damping is too small."""
+    state, update = updating_small_steps(0.0, 1e12)
+    for _ in range(20):
+        state = update(state)
+    assert helpers.find(state).info.accepted
+    assert helpers.find(state).control.damping < 1e4
