@@ -41,6 +41,7 @@ class Attempts(NamedTuple):
     predicted: Array
     ratio: Array
     accepted: Array
+    gained: Array  # was it taken, and for more than rounding hides?
     tried: Array
     iterations: Array
     residual: Array
@@ -81,7 +82,7 @@ class Problem:
         nothing, zero = jnp.full((), jnp.nan, self.value.dtype), jnp.zeros((), jnp.int32)
         start = Attempts(
             control, self.value, jax.tree.map(jnp.zeros_like, self.model.gradient), nothing, nothing, nothing,
-            jnp.zeros((), bool), zero, zero, nothing, nothing, nothing,
+            jnp.zeros((), bool), jnp.zeros((), bool), zero, zero, nothing, nothing, nothing,
         )  # fmt: skip
         most = self.settings.attempts if self.evaluate is not None else 1
 
@@ -123,7 +124,7 @@ class Problem:
         elif rule.adaptive:
             control = where(accepted, control, rule.refused(control, length))
         return Attempts(
-            control, value, step, new_value, predicted, ratio, accepted, before.tried + 1,
+            control, value, step, new_value, predicted, ratio, accepted, accepted & ~hidden, before.tried + 1,
             before.iterations + found.iterations, found.residual,
             found.combination.learning_rate, found.combination.momentum,
         )  # fmt: skip

@@ -103,7 +103,8 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         if by is not None:
             failed = failed | ~(tries.accepted | jnp.isfinite(tries.new_value))
         # However many dampings were tried, one rise: it was not for want of damping.
-        control = where(failed, settings.rule.refused(control, jnp.full_like(control.damping, jnp.nan)), tries.control)
+        ended = settings.rule.ended(tries.control, tries.gained) if by is not None else tries.control
+        control = where(failed, settings.rule.refused(control, jnp.full_like(control.damping, jnp.nan)), ended)
         failures = jnp.where(failed, state.failures + 1, 0).astype(jnp.int32)
         left = jnp.asarray(settings.failures - failures, jnp.int32)
         if raise_failures:

@@ -8,7 +8,8 @@ Levenberg-Marquardt, in the form of Nielsen (1999), with ν = 2 after every step
 
     taken       λ <- λ max(1/decrease, 1 - (2 ρ - 1)^3)          refused     λ <- λ ν,  ν <- min(2 ν, 16)
 
-The damping γ of an approximate inverse, which is chosen for itself, rises with λ and comes back down with it.
+The damping γ of an approximate inverse, which is chosen for itself, rises with λ and comes back down with it. After ten
+updates in a row that gained nothing, of which rounding would not hide as much, both start again where they first did.
 
 A trust region has a radius Δ in the place of λ (Moré 1983): a quarter of it where ρ < 1/4 or the step is refused, twice as
 much where ρ > 3/4 and the step went all the way to Δ.
@@ -21,12 +22,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxhess._typing import Array, InputError
+from jaxhess.operators.vectors import where
 from jaxhess.transforms.checks import check_number
 
 __all__ = ["Constant", "Control", "LevenbergMarquardt", "TrustRadius", "as_rule", "constant", "levenberg_marquardt"]
 
 _GROWTH, _MOST_GROWTH = 2.0, 16.0
 _MOST_SHARE = 0.8  # of the curvature along a step that may be damping
+_PATIENCE = 10  # updates in a row that gain nothing
 
 
 class Control(NamedTuple):
@@ -37,6 +40,7 @@ class Control(NamedTuple):
     scale: Array  # what a refused step with constant damping is multiplied by when it is tried again
     strength: Array  # γ, the damping of an approximate inverse, where that is chosen apart from λ
     level: Array  # twice the λ that an update began with whose first attempt was refused; infinite before any was
+    stalled: Array  # how many updates in a row have gained nothing that rounding does not hide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,10 @@ class Constant:
     def refused(self, control: Control, length: Array) -> Control:
         del length
         return control._replace(scale=control.scale / 2)
+
+    def ended(self, control: Control, gained: Array) -> Control:
+        del gained
+        return control
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +105,15 @@ class LevenbergMarquardt:
         refused = self._limited(control, control.damping * control.growth, growth)
         level = jnp.where(control.growth == _GROWTH, _GROWTH * control.damping, control.level)
         return refused._replace(strength=_as_damping(control, refused), level=level)
+
+    def ended(self, control: Control, gained: Array) -> Control:
+        stalled = jnp.where(gained, 0, control.stalled + 1)
+        patient = stalled < _PATIENCE
+        begun = self.start(control.damping.dtype)
+        # Only rounding is to be seen through damping as large as that; where it is small, there is nothing more to gain.
+        again = begun._replace(strength=jnp.minimum(control.strength, begun.strength))
+        control = where(patient | (control.damping <= begun.damping), control, again)
+        return control._replace(stalled=jnp.where(patient, stalled, 0).astype(stalled.dtype))
 
     def _limited(self, control: Control, damping: Array, growth: Array) -> Control:
         return control._replace(damping=jnp.clip(damping, self.least, self.most), growth=growth)
@@ -135,6 +152,10 @@ class TrustRadius:
         known = jnp.isfinite(length) & (length > 0)
         return control._replace(damping=jnp.minimum(control.damping, jnp.where(known, length, control.damping)) / 4)
 
+    def ended(self, control: Control, gained: Array) -> Control:
+        del gained
+        return control
+
 
 def _as_damping(before: Control, after: Control) -> Array:
     """γ changed by as much as λ."""
@@ -143,7 +164,8 @@ def _as_damping(before: Control, after: Control) -> Array:
 
 def _begun(damping: Any, dtype: Any) -> Control:
     damping = jnp.asarray(damping, dtype)
-    return Control(damping, jnp.asarray(_GROWTH, dtype), jnp.ones((), dtype), damping, jnp.full((), jnp.inf, dtype))
+    one = jnp.ones((), dtype)
+    return Control(damping, _GROWTH * one, one, damping, jnp.inf * one, 0 * one)
 
 
 Rule = Constant | LevenbergMarquardt | TrustRadius
@@ -172,7 +194,7 @@ def levenberg_marquardt(
 
     Args:
         initial: λ of the first step, > 0, in units of the curvature. Any will do within some powers of ten: a step that is
-            refused is tried again at once.
+            refused is tried again at once. A larger λ starts again here after ten updates that gained nothing.
         decrease: what λ is divided by, at most, after a step: > 1.
         least, most: bounds of λ.
         release: what λ is divided by, at most, after a step along which it is more than 4/5 of the curvature: one that it

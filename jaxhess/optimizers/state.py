@@ -64,7 +64,7 @@ class SecondOrderState(NamedTuple):
     """The state of `scale_by_newton` and the others: arrays only, so it can be saved, restored, sharded and donated."""
 
     count: Array  # () int32: updates so far  # pyright: ignore[reportIncompatibleMethodOverride]
-    control: Control  # 5 x (): damping or radius, how it grows, scale of repeated steps, the inverse's damping, level
+    control: Control  # 6 x (): damping or radius, how it grows, scale of repeats, the inverse's damping, level, stalled
     failures: Array  # () int32: updates in a row that met a number which is not finite
     value: Array  # (): the last `value`, for damping without `value_fn`
     previous: PyTree  # like the parameters: the last step, for momentum and warm starts; () where neither is in use

@@ -99,6 +99,25 @@ def test_the_damping_of_an_approximate_inverse_rises_with_damping_and_comes_back
     assert after.strength == control.strength
 
 
+@pytest.mark.parametrize(("damping", "expected"), [(1e9, 0.5), (0.01, 0.01)])
+def test_damping_starts_again_after_ten_updates_without_gain(damping, expected):
+    """Where it has risen; where it is small, there is nothing more to gain."""
+    rule = levenberg_marquardt(0.5)
+    control = rule.start(jnp.float32)._replace(damping=jnp.float32(damping), strength=jnp.float32(1e7))
+    control = rule.refused(control, LENGTH)._replace(damping=jnp.float32(damping))
+    for gained in [False] * 9 + [True] + [False] * 9:
+        control = rule.ended(control, jnp.asarray(gained))
+        assert control.damping == np.float32(damping)
+        assert control.growth == 4
+    assert control.stalled == 9
+    control = rule.ended(control, jnp.asarray(False))
+    assert control.damping == np.float32(expected)
+    assert control.stalled == 0
+    if damping > expected:
+        assert (control.strength, control.growth, control.level) == (0.5, 2, np.inf)
+    assert {leaf.dtype for leaf in control} == {jnp.dtype("float32")}
+
+
 def test_levenberg_marquardt_stays_in_its_bounds():
     rule = levenberg_marquardt(1.0, decrease=10.0, least=0.05, most=100.0)
     control = rule.start(jnp.float32)

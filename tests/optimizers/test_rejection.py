@@ -321,3 +321,26 @@ def test_damping_falls_where_steps_change_nothing_at_all(helpers):
         state = update(state)
     assert helpers.find(state).info.accepted
     assert helpers.find(state).control.damping < 1e4
+
+
+def test_it_starts_again_where_it_was_stuck(helpers):
+    """In a dent from which short steps, and only these, lead upwards, and with so much damping that steps do nothing."""
+    x = jnp.full(2, 4.0, jnp.float32)
+    curvature = BlockDiagonal(Dense(2e-3 * jnp.eye(2, dtype=jnp.float32), tags=lx.positive_semidefinite_tag))
+    optimizer = gauss_newton(damping=levenberg_marquardt(1e-4))
+
+    def dented(x):
+        distance = jnp.max(jnp.abs(x - 4))
+        return 1e-3 * jnp.sum(x**2) + jnp.where((distance > 0) & (distance < 3), 1e-2, 0.0)
+
+    @jax.jit
+    def update(x, state):
+        return optimizer.update(2e-3 * x, state, x, curvature=curvature, value=dented(x), value_fn=dented)
+
+    state = optimizer.init(x)
+    state = (state[0]._replace(control=state[0].control._replace(damping=jnp.float32(1e10))), *state[1:])
+    for number in range(11):
+        updates, state = update(x, state)
+        assert (number < 10) == (float(jnp.max(jnp.abs(updates))) < 1e-6)
+    assert helpers.find(state).info.accepted
+    assert dented(x + updates) < 1e-3
