@@ -111,7 +111,7 @@ class Problem:
             value, new_value = self._measured(before, step, predicted)
             accepted = known & (new_value <= self._limit(value, predicted)) & jnp.isfinite(new_value)
         # What rounding hides says nothing against the model.
-        hidden = (predicted <= self._rounding(value)) | (new_value == value)
+        hidden = predicted <= self._rounding(value)
         ratio = (value - new_value) / jnp.where(predicted > 0, predicted, 1)
         ratio = jnp.where(predicted > 0, ratio, jnp.where(value > new_value, 1, 0) + 0 * ratio)
         rule = self.settings.rule

@@ -110,7 +110,7 @@ class LevenbergMarquardt:
         stalled = jnp.where(gained, 0, control.stalled + 1)
         patient = stalled < _PATIENCE
         begun = self.start(control.damping.dtype)
-        # Only rounding is to be seen through damping as large as that; where it is small, there is nothing more to gain.
+        # Steps that damping has made too short for any gain; where it is small, there is nothing more to gain.
         again = begun._replace(strength=jnp.minimum(control.strength, begun.strength))
         control = where(patient | (control.damping <= begun.damping), control, again)
         return control._replace(stalled=jnp.where(patient, stalled, 0).astype(stalled.dtype))

@@ -63,6 +63,7 @@ class StepInfo(NamedTuple):
 class SecondOrderState(NamedTuple):
     """The state of `scale_by_newton` and the others: arrays only, so it can be saved, restored, sharded and donated."""
 
+    # Optax's name, by which `optax.tree_utils.tree_get(state, "count")` finds it, is that of a method of tuples too.
     count: Array  # () int32: updates so far  # pyright: ignore[reportIncompatibleMethodOverride]
     control: Control  # 6 x (): damping or radius, how it grows, scale of repeats, the inverse's damping, level, stalled
     failures: Array  # () int32: updates in a row that met a number which is not finite

@@ -85,6 +85,7 @@ def test_chains(net, helpers):
         for updates, s in zip(found, expected, strict=True):
             helpers.close(helpers.flat(updates), s)
         assert helpers.find(state).count == 2
+        assert optax.tree_utils.tree_get(helpers.find(state), "count") == 2
 
 
 def test_arguments_that_others_take_are_let_pass(net, helpers):

@@ -314,13 +314,13 @@ def test_what_rounding_of_the_parameters_does_says_nothing_against_a_step(helper
     assert (state.control.damping < 5e7) == accepted
 
 
-def test_damping_falls_where_steps_change_nothing_at_all(helpers):
-    """The parameters' rounding hides these steps themselves: they are no evidence that damping is too small."""
+def test_damping_falls_where_the_parameters_cannot_hold_the_step(helpers):
+    """Steps that are lost in rounding are no evidence that damping is too small; up to about 1e8 all of them are."""
     state, update = updating_small_steps(0.0, 1e12)
     for _ in range(20):
         state = update(state)
     assert helpers.find(state).info.accepted
-    assert helpers.find(state).control.damping < 1e4
+    assert helpers.find(state).control.damping < 1e9
 
 
 def test_it_starts_again_where_it_was_stuck(helpers):
@@ -344,3 +344,13 @@ def test_it_starts_again_where_it_was_stuck(helpers):
         assert (number < 10) == (float(jnp.max(jnp.abs(updates))) < 1e-6)
     assert helpers.find(state).info.accepted
     assert dented(x + updates) < 1e-3
+
+
+def test_a_plateau_is_no_reason_for_less_damping(helpers):
+    """A step that was to gain much, and changes nothing: that, no rounding hides."""
+    optimizer, update = updating("gauss_newton", lambda x: jnp.ones(()))
+    state = optimizer.init(X)
+    before = helpers.find(state).control.damping
+    _, state = update(X, state, H @ X, H, 1.0)
+    assert helpers.find(state).info.predicted > 0.1
+    assert helpers.find(state).control.damping > before
