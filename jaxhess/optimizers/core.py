@@ -18,7 +18,7 @@ from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.paths import leaves_like
 from jaxhess.operators.vectors import dot, dtype_of, like, norm, plus, where
 from jaxhess.optimizers.attempts import Attempts, Problem
-from jaxhess.optimizers.damping import Control, Rule
+from jaxhess.optimizers.damping import Control, LevenbergMarquardt, Rule
 from jaxhess.optimizers.masking import completed, product_of_kept, restricted
 from jaxhess.optimizers.method import Method, Settings
 from jaxhess.optimizers.quadratic import Quadratic, inner_products
@@ -94,6 +94,8 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         if not (value_fn is None and settings.rule.adaptive is False):
             finite = finite & jnp.isfinite(value)
         control = settings.rule.begin(state.control, count)
+        if isinstance(settings.rule, LevenbergMarquardt) and settings.rule.relative:
+            control = settings.rule.measured(control, method.size(prepared))
         if value_fn is None and settings.rule.adaptive:
             control = _by_last_value(settings.rule, control, state, value)
         by = evaluate if value_fn is not None else None

@@ -29,6 +29,8 @@ __all__ = ["Constant", "Control", "LevenbergMarquardt", "TrustRadius", "as_rule"
 
 _GROWTH, _MOST_GROWTH = 2.0, 16.0
 _MOST_SHARE = 0.8  # of the curvature along a step that may be damping
+_MOST_SHARE_OF_RIGHT = 0.5  # where the model was right about the step
+_RIGHT = 0.05  # how far from 1 a gain ratio may be for that
 _PATIENCE = 10  # updates in a row that gain nothing
 
 
@@ -41,6 +43,7 @@ class Control(NamedTuple):
     strength: Array  # γ, the damping of an approximate inverse, where that is chosen apart from λ
     level: Array  # twice the λ that an update began with whose first attempt was refused; infinite before any was
     stalled: Array  # how many updates in a row have gained nothing that rounding does not hide
+    unit: Array  # what λ's first value and bounds are multiples of; 0 until that is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +83,17 @@ class LevenbergMarquardt:
     least: float = 1e-12
     most: float = 1e12
     release: float | None = None
+    relative: bool = False  # the first value and the bounds are multiples of the mean eigenvalue of the first curvature
     adaptive = True
 
     def start(self, dtype: Any) -> Control:
-        return _begun(self.initial, dtype)
+        begun = _begun(self.initial, dtype)
+        return begun._replace(unit=jnp.zeros_like(begun.unit)) if self.relative else begun
+
+    def measured(self, control: Control, size: Array) -> Control:
+        """With the unit that this is, if none is known."""
+        new = (control.unit == 0) & jnp.isfinite(size) & (size > 0)
+        return where(new, self._first(jnp.where(new, size, 1).astype(control.unit.dtype)), control)
 
     def begin(self, control: Control, count: Array) -> Control:
         del count
@@ -94,7 +104,8 @@ class LevenbergMarquardt:
         # The cube of a ratio far from 1 would overflow in float32; its factor is the same from -1 on.
         bounded = jnp.clip(ratio, -1, 2)
         raised = control.damping > control.level
-        least = jnp.where((share > _MOST_SHARE) | raised, 1 / (self.release or self.decrease), 1 / self.decrease)
+        limits = (share > _MOST_SHARE) | ((share > _MOST_SHARE_OF_RIGHT) & (jnp.abs(ratio - 1) < _RIGHT))
+        least = jnp.where(limits | raised, 1 / (self.release or self.decrease), 1 / self.decrease)
         factor = jnp.clip(1 - (2 * bounded - 1) ** 3, least, 2.0)
         after = self._limited(control, control.damping * factor, jnp.full_like(control.growth, _GROWTH))
         return after._replace(strength=jnp.where(raised, _as_damping(control, after), control.strength))
@@ -109,14 +120,18 @@ class LevenbergMarquardt:
     def ended(self, control: Control, gained: Array) -> Control:
         stalled = jnp.where(gained, 0, control.stalled + 1)
         patient = stalled < _PATIENCE
-        begun = self.start(control.damping.dtype)
+        begun = self._first(control.unit)
         # Steps that damping has made too short for any gain; where it is small, there is nothing more to gain.
         again = begun._replace(strength=jnp.minimum(control.strength, begun.strength))
         control = where(patient | (control.damping <= begun.damping), control, again)
         return control._replace(stalled=jnp.where(patient, stalled, 0).astype(stalled.dtype))
 
     def _limited(self, control: Control, damping: Array, growth: Array) -> Control:
-        return control._replace(damping=jnp.clip(damping, self.least, self.most), growth=growth)
+        unit = jnp.where(control.unit > 0, control.unit, 1)
+        return control._replace(damping=jnp.clip(damping, self.least * unit, self.most * unit), growth=growth)
+
+    def _first(self, unit: Array) -> Control:
+        return _begun(self.initial * jnp.where(unit > 0, unit, 1), unit.dtype)._replace(unit=unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +180,7 @@ def _as_damping(before: Control, after: Control) -> Array:
 def _begun(damping: Any, dtype: Any) -> Control:
     damping = jnp.asarray(damping, dtype)
     one = jnp.ones((), dtype)
-    return Control(damping, _GROWTH * one, one, damping, jnp.inf * one, 0 * one)
+    return Control(damping, _GROWTH * one, one, damping, jnp.inf * one, 0 * one, one)
 
 
 Rule = Constant | LevenbergMarquardt | TrustRadius
@@ -197,9 +212,10 @@ def levenberg_marquardt(
             refused is tried again at once. A larger λ starts again here after ten updates that gained nothing.
         decrease: what λ is divided by, at most, after a step: > 1.
         least, most: bounds of λ.
-        release: what λ is divided by, at most, after a step along which it is more than 4/5 of the curvature: one that it
-            alone has limited; and while it is above twice what it was when a step was last refused: one refused update
-            can raise it a thousandfold. At least `decrease`, its default.
+        release: what λ is divided by, at most, after a step along which it is more than 4/5 of the curvature, or more than
+            half where the gain ratio is within 0.05 of 1: one that it alone has limited; and while it is above twice what it
+            was when a step was last refused: one refused update can raise it a thousandfold. At least `decrease`, its
+            default.
 
     Raises `InputError` for numbers out of range. Source: Levenberg (1944), Marquardt (1963); the update is that of Nielsen,
     "Damping parameter in Marquardt's method" (1999).

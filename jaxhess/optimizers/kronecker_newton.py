@@ -19,7 +19,7 @@ from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.block import BlockDiagonal
 from jaxhess.operators.paths import paths_of
 from jaxhess.optimizers.core import transformation
-from jaxhess.optimizers.damping import TrustRadius, as_rule, levenberg_marquardt
+from jaxhess.optimizers.damping import LevenbergMarquardt, TrustRadius, as_rule
 from jaxhess.optimizers.kronecker_factors import layout_of
 from jaxhess.optimizers.kronecker_inverse import (
     Factors,
@@ -38,7 +38,7 @@ __all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
 
 _LARGEST = 8192  # side of a factor
 _ITERATIONS = 20
-_FIRST_DAMPING, _FIRST_DAMPING_OF_BIG = 3e-2, 1e-2
+_FIRST_DAMPING = 0.15  # in mean eigenvalues of the first factors
 _BIG = 2**18  # parameters from which an iteration costs as much as the rest of a step
 
 
@@ -97,6 +97,10 @@ class _KroneckerNewton(Method):
 
     def solver(self, prepared: Any) -> str:
         return "Kronecker factors"
+
+    def size(self, prepared: Any) -> Array:
+        values = [jnp.abs(prepared.factors[unit.weight].values) for unit in prepared.units]
+        return sum(map(jnp.sum, values), jnp.zeros(())) / max(1, sum(map(jnp.size, values)))
 
     def direction(self, prepared: Any, gradient: PyTree, damping: Array, start: PyTree) -> Direction:
         del start
@@ -171,8 +175,8 @@ def scale_by_kronecker_newton(
     and one for all others together. A bias that is added to the product with a weight, and used nowhere else, shares the
     factors of the weight (`BlockDiagonal.layers`).
 
-    With more than 2^18 parameters the first factors are soon computed anew, after 1, 3, 7 and 15 updates, and the first λ is
-    0.01, not 0.03.
+    The first λ is 0.15 mean eigenvalues of the first factors, so that a loss in other units takes the same steps. With more
+    than 2^18 parameters the first factors are soon computed anew, after 1, 3, 7 and 15 updates.
 
     `info.learning_rate` is the length of the first iteration's step, `info.momentum` the factor of the last step that it
     begins with.
@@ -201,8 +205,9 @@ def scale_by_kronecker_newton(
         max_iterations = as_static_integer("kronecker_newton: max_iterations", max_iterations)
     # With an exact learning rate the model is always right about how far to go, so damping falls slowly, but where nothing
     # else limits the step.
-    slow = isinstance(damping, str) and damping == "levenberg_marquardt"
-    rule = levenberg_marquardt(_FIRST_DAMPING, decrease=1.07, release=2.0) if slow else as_rule("kronecker_newton", damping)
+    rule = as_rule("kronecker_newton", damping)
+    if isinstance(damping, str):
+        rule = LevenbergMarquardt(_FIRST_DAMPING, decrease=1.07, release=2.0, relative=True)
     if isinstance(rule, TrustRadius):
         raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
     settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)
@@ -210,10 +215,9 @@ def scale_by_kronecker_newton(
     exact = isinstance(learning_rate, str) and isinstance(momentum, str)
 
     def made(big: bool) -> optax.GradientTransformationExtraArgs:
-        begun = dataclasses.replace(rule, initial=_FIRST_DAMPING_OF_BIG) if slow and big else rule
         most = max_iterations or (1 if big else _ITERATIONS)
         refinement = Refinement(most, progress) if exact and most > 1 else None
-        own = dataclasses.replace(settings, rule=begun, refinement=refinement)
+        own = dataclasses.replace(settings, refinement=refinement)
         return transformation(_KroneckerNewton(every, decay, big), own)
 
     small, big = made(False), made(True)

@@ -43,6 +43,10 @@ class Method(abc.ABC):
     def direction(self, prepared: Any, gradient: PyTree, damping: Array, start: PyTree) -> Direction:
         """The step for one damping; `start` is the last one, or ()."""
 
+    def size(self, prepared: Any) -> Array:
+        """The mean eigenvalue of the curvature, by size, without weight decay: what a relative damping is a multiple of."""
+        raise NotImplementedError(f"{self.name} has no relative damping")
+
     @abc.abstractmethod
     def product(self, prepared: Any, vector: PyTree) -> PyTree:
         """C times a vector: the matrix of the quadratic model, definite where the method makes it so."""

@@ -19,7 +19,7 @@ from jaxhess.optimizers import (
     scale_by_gauss_newton,
     scale_by_newton,
 )
-from jaxhess.optimizers.damping import as_rule
+from jaxhess.optimizers.damping import LevenbergMarquardt, as_rule
 
 RATIOS = [-3.0, 0.0, 0.1, 0.25, 0.5, 0.8, 1.0, 1.3, 40.0, np.inf]
 HALF = jnp.asarray(0.5)
@@ -50,7 +50,8 @@ def test_damping_that_is_most_of_the_curvature_falls_faster():
     rule = levenberg_marquardt(0.5, decrease=1.2, release=2.0)
     control = rule.start(jnp.float64)
     for ratio, share, factor in (
-        (1.0, 0.79, 1 / 1.2), (1.0, 0.81, 1 / 2), (0.9, 0.9, 1 / 2), (0.9, 0.1, 1 / 1.2),
+        (1.0, 0.49, 1 / 1.2), (1.0, 0.51, 1 / 2), (1.04, 0.51, 1 / 2), (1.06, 0.51, 1 / 1.2), (0.94, 0.79, 1 / 1.2),
+        (0.94, 0.81, 1 / 2), (0.9, 0.9, 1 / 2), (0.9, 0.1, 1 / 1.2),
         (0.8, 0.9, 1 - 0.6**3), (0.2, 0.9, 1 + 0.6**3),
     ):  # fmt: skip
         found = rule.taken(control, jnp.asarray(ratio), LENGTH, jnp.asarray(share)).damping
@@ -59,6 +60,24 @@ def test_damping_that_is_most_of_the_curvature_falls_faster():
     np.testing.assert_allclose(same.damping, 0.5 / 1.2, rtol=1e-12)
     with pytest.raises(InputError, match="release must be at least decrease=3"):
         levenberg_marquardt(release=2.0)
+
+
+def test_a_relative_damping_and_its_bounds_are_multiples_of_what_is_measured_first():
+    rule = LevenbergMarquardt(0.5, least=1e-3, most=10.0, relative=True)
+    control = rule.start(jnp.float64)
+    for nothing in (0.0, jnp.nan, jnp.inf):  # of which no unit can be made
+        assert rule.measured(control, jnp.asarray(nothing)) == control
+    control = rule.measured(control, jnp.asarray(100.0))
+    assert (control.damping, control.strength, control.unit) == (50.0, 50.0, 100.0)
+    assert rule.measured(control, jnp.asarray(7.0)) == control
+
+    low = high = control
+    for _ in range(20):
+        low, high = rule.taken(low, jnp.asarray(1.0), LENGTH, HALF), rule.refused(high, LENGTH)
+    np.testing.assert_allclose((low.damping, high.damping), (0.1, 1000.0), rtol=1e-12)
+    for _ in range(10):
+        high = rule.ended(high, jnp.asarray(False))
+    assert (high.damping, high.unit) == (50.0, 100.0)
 
 
 def test_damping_that_a_refused_update_raised_falls_faster_until_it_is_near_where_it_was():
