@@ -65,7 +65,7 @@ class SecondOrderState(NamedTuple):
 
     # Optax's name, by which `optax.tree_utils.tree_get(state, "count")` finds it, is that of a method of tuples too.
     count: Array  # () int32: updates so far  # pyright: ignore[reportIncompatibleMethodOverride]
-    control: Control  # 6 x (): damping or radius, how it grows, scale of repeats, the inverse's damping, level, stalled
+    control: Control  # 7 x (): damping or radius, growth, scale of repeats, the inverse's damping, level, stalled, unit
     failures: Array  # () int32: updates in a row that met a number which is not finite
     value: Array  # (): the last `value`, for damping without `value_fn`
     previous: PyTree  # like the parameters: the last step, for momentum and warm starts; () where neither is in use
