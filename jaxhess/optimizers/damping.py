@@ -6,7 +6,9 @@ The gain ratio of a step s is that of what the error fell by and what its quadra
 
 Levenberg-Marquardt, in the form of Nielsen (1999), with ν = 2 after every step that was taken:
 
-    taken       λ <- λ max(1/decrease, 1 - (2 ρ - 1)^3)          refused     λ <- λ ν,  ν <- min(2 ν, 16)
+    taken       λ <- λ max(1/decrease, 1 - (2 (ρ - ρ0))^3)       refused     λ <- λ ν,  ν <- min(2 ν, 16)
+
+with ρ0 = 1/2. A lower ρ0 lets λ fall where the ratio is low whatever λ is, as with a quartic term in the error.
 
 The damping γ of an approximate inverse, which is chosen for itself, rises with λ and comes back down with it. After ten
 updates in a row that gained nothing, of which rounding would not hide as much, both start again where they first did.
@@ -84,6 +86,7 @@ class LevenbergMarquardt:
     most: float = 1e12
     release: float | None = None
     relative: bool = False  # the first value and the bounds are multiples of the mean eigenvalue of the first curvature
+    neutral: float = 0.5  # the gain ratio ρ0 that leaves λ as it is
     adaptive = True
 
     def start(self, dtype: Any) -> Control:
@@ -106,7 +109,7 @@ class LevenbergMarquardt:
         raised = control.damping > control.level
         limits = (share > _MOST_SHARE) | ((share > _MOST_SHARE_OF_RIGHT) & (jnp.abs(ratio - 1) < _RIGHT))
         least = jnp.where(limits | raised, 1 / (self.release or self.decrease), 1 / self.decrease)
-        factor = jnp.clip(1 - (2 * bounded - 1) ** 3, least, 2.0)
+        factor = jnp.clip(1 - (2 * (bounded - self.neutral)) ** 3, least, 2.0)
         after = self._limited(control, control.damping * factor, jnp.full_like(control.growth, _GROWTH))
         return after._replace(strength=jnp.where(raised, _as_damping(control, after), control.strength))
 

@@ -38,7 +38,7 @@ __all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
 
 _LARGEST = 8192  # side of a factor
 _ITERATIONS = 20
-_FIRST_DAMPING = 0.15  # in mean eigenvalues of the first factors
+_FIRST_DAMPING = 0.2  # in mean eigenvalues of the first factors
 _BIG = 2**18  # parameters from which an iteration costs as much as the rest of a step
 
 
@@ -175,8 +175,9 @@ def scale_by_kronecker_newton(
     and one for all others together. A bias that is added to the product with a weight, and used nowhere else, shares the
     factors of the weight (`BlockDiagonal.layers`).
 
-    The first λ is 0.15 mean eigenvalues of the first factors, so that a loss in other units takes the same steps. With more
-    than 2^18 parameters the first factors are soon computed anew, after 1, 3, 7 and 15 updates.
+    The first λ is 0.2 mean eigenvalues of the first factors, so that a loss in other units takes the same steps; gain
+    ratios above 0.3 lower it. With more than 2^18 parameters the first factors are soon computed anew, after 1, 3, 7 and 15
+    updates.
 
     `info.learning_rate` is the length of the first iteration's step, `info.momentum` the factor of the last step that it
     begins with.
@@ -207,7 +208,7 @@ def scale_by_kronecker_newton(
     # else limits the step.
     rule = as_rule("kronecker_newton", damping)
     if isinstance(damping, str):
-        rule = LevenbergMarquardt(_FIRST_DAMPING, decrease=1.07, release=2.0, relative=True)
+        rule = LevenbergMarquardt(_FIRST_DAMPING, decrease=1.07, release=2.0, relative=True, neutral=0.3)
     if isinstance(rule, TrustRadius):
         raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
     settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)

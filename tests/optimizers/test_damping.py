@@ -46,6 +46,14 @@ def test_levenberg_marquardt_is_nielsens_rule():
     assert rule.refused(control, LENGTH).damping == 2 * control.damping
 
 
+def test_a_lower_neutral_ratio_lets_damping_fall_where_the_model_says_too_much_at_any_damping():
+    rule = LevenbergMarquardt(0.5, decrease=1.2, neutral=0.3)
+    control = rule.start(jnp.float64)
+    for ratio, factor in ((-0.3, 2), (0.0, 1 + 0.6**3), (0.3, 1), (0.4, 1 - 0.2**3), (0.5, 1 - 0.4**3), (0.9, 1 / 1.2)):
+        found = rule.taken(control, jnp.asarray(ratio), LENGTH, HALF).damping
+        np.testing.assert_allclose(found, 0.5 * factor, rtol=1e-12)
+
+
 def test_damping_that_is_most_of_the_curvature_falls_faster():
     rule = levenberg_marquardt(0.5, decrease=1.2, release=2.0)
     control = rule.start(jnp.float64)
