@@ -1,6 +1,12 @@
 """The attempts of one update: a step for one damping, what it does, and another damping where it raises the error.
 
 d = -(C + λ)^-1 g        s = α d + μ v        E(x + s) <= E(x): taken;  else λ rises (or s shrinks) and it is tried again
+
+Where a method asks for it, a step whose gain ratio ρ is below 1/2, or that raises the error, is shortened first, to t s:
+
+    E(x + t s) ≈ E - t S + t^2 (E(x + s) - E + S),   S = -g^T s > 0         t = S / (2 (E(x + s) - E + S)) >= 1/10
+
+the minimum of the parabola, by one more evaluation of the error; it is kept if it is lower there.
 """
 
 import dataclasses
@@ -29,6 +35,8 @@ __all__ = ["Attempts", "Problem"]
 
 _RATIO = 2.0  # between the dampings of an approximate inverse that are compared
 _BOUNDS = 1e-12, 1e12  # of them
+_POOR = 0.5  # gain ratio below which a step is shortened
+_LEAST_PART, _MOST_PART = 0.1, 0.9  # of it, to be worth an evaluation
 
 
 class Attempts(NamedTuple):
@@ -101,15 +109,16 @@ class Problem:
     def _attempt(self, before: Attempts) -> Attempts:
         found = self._proposed(before.control, before.tried == 0)
         control, dtype = found.control, self.value.dtype
-        scale = control.scale
-        step = times(scale, found.combination.step)
-        predicted = -(dot(self.model.gradient, step) + scale * scale * found.combination.curved / 2).astype(dtype)
-        length = norm(step).astype(dtype)
-        known = jnp.isfinite(length) & jnp.isfinite(predicted)
+        scale, step, predicted = self._scaled(found.combination, control.scale)
+        known = jnp.isfinite(norm(step).astype(dtype)) & jnp.isfinite(predicted)
         value, new_value, accepted = before.value, jnp.full((), jnp.nan, dtype), known
         if self.evaluate is not None:
             value, new_value = self._measured(before, step, predicted)
+            if self.settings.interpolates:
+                part, new_value = self._interpolated(step, predicted, value, new_value)
+                scale, step, predicted = self._scaled(found.combination, scale * part)
             accepted = known & (new_value <= self._limit(value, predicted)) & jnp.isfinite(new_value)
+        length = norm(step).astype(dtype)
         # What rounding hides says nothing against the model.
         hidden = predicted <= self._rounding(value)
         ratio = (value - new_value) / jnp.where(predicted > 0, predicted, 1)
@@ -128,6 +137,25 @@ class Problem:
             before.iterations + found.iterations, found.residual,
             found.combination.learning_rate, found.combination.momentum,
         )  # fmt: skip
+
+    def _scaled(self, combination: Combination, scale: Array) -> tuple[Array, PyTree, Array]:
+        """`scale`, a step that is this much of the combination, and by how much the model says that it lowers the error."""
+        step = times(scale, combination.step)
+        predicted = -(dot(self.model.gradient, step) + scale * scale * combination.curved / 2)
+        return scale, step, predicted.astype(self.value.dtype)
+
+    def _interpolated(self, step: PyTree, predicted: Array, value: Array, new_value: Array) -> tuple[Array, Array]:
+        """How much of a step is taken whose gain is poor, and the error after that; 1 where less of it is no better."""
+        assert self.evaluate is not None
+        evaluate = self.evaluate
+        slope = -dot(self.model.gradient, step).astype(value.dtype)
+        bend = new_value - value + slope
+        part = jnp.maximum(slope / (2 * jnp.where(bend > 0, bend, 1)), _LEAST_PART)
+        poor = (value - new_value < _POOR * predicted) & (predicted > self._rounding(value)) & jnp.isfinite(bend)
+        tried = poor & (bend > 0) & (part < _MOST_PART)
+        shortened = jax.lax.cond(tried, lambda: evaluate(times(part, step)), lambda: jnp.full_like(new_value, jnp.nan))
+        better = (shortened < new_value) & (shortened <= value)
+        return jnp.where(better, part, 1), jnp.where(better, shortened, new_value)
 
     def _rounding(self, value: Array) -> Array:
         """A change of the error that rounding, of itself or of the parameters, may hide."""

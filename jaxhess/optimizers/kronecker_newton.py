@@ -38,7 +38,7 @@ __all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
 
 _LARGEST = 8192  # side of a factor
 _ITERATIONS = 20
-_FIRST_DAMPING = 0.2  # in mean eigenvalues of the first factors
+_FIRST_DAMPING = 0.5  # in mean eigenvalues of the first factors
 _BIG = 2**18  # parameters from which an iteration costs as much as the rest of a step
 
 
@@ -175,9 +175,13 @@ def scale_by_kronecker_newton(
     and one for all others together. A bias that is added to the product with a weight, and used nowhere else, shares the
     factors of the weight (`BlockDiagonal.layers`).
 
-    The first λ is 0.2 mean eigenvalues of the first factors, so that a loss in other units takes the same steps; gain
+    The first λ is half the mean eigenvalue of the first factors, so that a loss in other units takes the same steps; gain
     ratios above 0.3 lower it. With more than 2^18 parameters the first factors are soon computed anew, after 1, 3, 7 and 15
     updates.
+
+    After more than one iteration, a step that gains less than half of what the quadratic model says, or raises the error, is
+    shortened to the minimum of the parabola that has the error at both of its ends and the slope at the first, by one more
+    call of value_fn, before any other damping is tried.
 
     `info.learning_rate` is the length of the first iteration's step, `info.momentum` the factor of the last step that it
     begins with.
@@ -218,7 +222,7 @@ def scale_by_kronecker_newton(
     def made(big: bool) -> optax.GradientTransformationExtraArgs:
         most = max_iterations or (1 if big else _ITERATIONS)
         refinement = Refinement(most, progress) if exact and most > 1 else None
-        own = dataclasses.replace(settings, refinement=refinement)
+        own = dataclasses.replace(settings, refinement=refinement, interpolates=refinement is not None)
         return transformation(_KroneckerNewton(every, decay, big), own)
 
     small, big = made(False), made(True)

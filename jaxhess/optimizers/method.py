@@ -73,6 +73,7 @@ class Settings:
     warm_start: bool = False
     tuned_every: int = 0  # how often the damping of an approximate inverse is chosen by the quadratic model; 0: never
     refinement: Refinement | None = None  # conjugate gradients that the method is the preconditioner of
+    interpolates: bool = False  # a poor step is shortened to the minimum of a parabola before damping rises
 
     @property
     def keeps_steps(self) -> bool:

@@ -73,6 +73,32 @@ def test_where_all_attempts_fail_nothing_moves(name, helpers):
     assert found.count == 4
 
 
+@pytest.mark.parametrize(
+    ("times_too_long", "taken", "attempts"),
+    # The parabola is the error itself: its minimum is 1 / times_too_long of the step, but no less than a tenth.
+    [(1.2, 1.2, 1), (2.5, 1.0, 1), (4.0, 1.0, 1), (9.0, 1.0, 1), (15.0, 1.5, 1), (30.0, 1.5, 2)],
+)
+def test_a_step_that_is_too_long_is_shortened_to_the_minimum_of_a_parabola(helpers, times_too_long, taken, attempts):
+    optimizer, update = updating("kronecker_newton", damping=1e-13)
+    updates, state = update(X, optimizer.init(X), H @ X, H / times_too_long, loss(X))
+    np.testing.assert_allclose(updates, -taken * X, rtol=1e-9)
+    info = helpers.find(state).info
+    assert (info.attempts, info.accepted) == (attempts, True)
+    part = taken / times_too_long
+    np.testing.assert_allclose(info.predicted, loss(X) * (2 * taken - times_too_long * part**2), rtol=1e-9)
+    np.testing.assert_allclose(info.new_loss, loss((1 - taken) * X), rtol=1e-9, atol=1e-16)
+    np.testing.assert_allclose(info.ratio * info.predicted, loss(X) - info.new_loss, rtol=1e-9)
+
+
+def test_single_iterations_and_given_lengths_are_not_shortened(helpers):
+    for options in ({"max_iterations": 1}, {"learning_rate": 1.0, "momentum": None}):
+        optimizer = kronecker_newton(damping=1e-13, **options)
+        curvature = BlockDiagonal(Dense(H / 1.8))
+        updates, state = optimizer.update(H @ X, optimizer.init(X), X, curvature=curvature, value=loss(X), value_fn=loss)
+        np.testing.assert_allclose(updates, -1.8 * X, rtol=1e-9)
+        assert helpers.find(state).info.ratio < 0.5
+
+
 @each
 @pytest.mark.parametrize("what", ["loss", "gradient", "curvature"])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
