@@ -38,7 +38,7 @@ __all__ = ["kronecker_newton", "scale_by_kronecker_newton"]
 
 _LARGEST = 8192  # side of a factor
 _ITERATIONS = 20
-_FIRST_DAMPING = 0.5  # in mean eigenvalues of the first factors
+_FIRST_DAMPING, _OF_SINGLE = 0.5, 0.15  # in mean eigenvalues of the first factors; with single iterations
 _BIG = 2**18  # parameters from which an iteration costs as much as the rest of a step
 
 
@@ -175,9 +175,9 @@ def scale_by_kronecker_newton(
     and one for all others together. A bias that is added to the product with a weight, and used nowhere else, shares the
     factors of the weight (`BlockDiagonal.layers`).
 
-    The first λ is half the mean eigenvalue of the first factors, so that a loss in other units takes the same steps; gain
-    ratios above 0.3 lower it. With more than 2^18 parameters the first factors are soon computed anew, after 1, 3, 7 and 15
-    updates.
+    The first λ is 0.5 mean eigenvalues of the first factors, 0.15 with single iterations, so that a loss in other units
+    takes the same steps; gain ratios above 0.3 lower it. With more than 2^18 parameters the first factors are soon computed
+    anew, after 1, 3, 7 and 15 updates.
 
     After more than one iteration, a step that gains less than half of what the quadratic model says, or raises the error, is
     shortened to the minimum of the parabola that has the error at both of its ends and the slope at the first, by one more
@@ -211,8 +211,7 @@ def scale_by_kronecker_newton(
     # With an exact learning rate the model is always right about how far to go, so damping falls slowly, but where nothing
     # else limits the step.
     rule = as_rule("kronecker_newton", damping)
-    if isinstance(damping, str):
-        rule = LevenbergMarquardt(_FIRST_DAMPING, decrease=1.07, release=2.0, relative=True, neutral=0.3)
+    follows = LevenbergMarquardt(decrease=1.07, release=2.0, relative=True, neutral=0.3)
     if isinstance(rule, TrustRadius):
         raise InputError("kronecker_newton: a TrustRadius is for newton with curvature='trust_region'")
     settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)
@@ -223,6 +222,9 @@ def scale_by_kronecker_newton(
         most = max_iterations or (1 if big else _ITERATIONS)
         refinement = Refinement(most, progress) if exact and most > 1 else None
         own = dataclasses.replace(settings, refinement=refinement, interpolates=refinement is not None)
+        if isinstance(damping, str):
+            initial = _OF_SINGLE if refinement is None else _FIRST_DAMPING
+            own = dataclasses.replace(own, rule=dataclasses.replace(follows, initial=initial))
         return transformation(_KroneckerNewton(every, decay, big), own)
 
     small, big = made(False), made(True)

@@ -276,6 +276,8 @@ def test_big_networks_take_single_iterations_and_new_factors_soon():
     def model(p, x):
         return p["c"] @ jnp.tanh(p["b"] @ jnp.tanh(p["a"] @ x))
 
+    smaller = {"a": params["a"][:8], "b": params["b"][:8, :8], "c": params["c"][:, :8]}
+
     def run(optimizer, params, steps):
         train = step((model, jaxhess.losses.squared_error), optimizer)
         state, refreshed, iterations = optimizer.init(params), [], []
@@ -289,8 +291,12 @@ def test_big_networks_take_single_iterations_and_new_factors_soon():
     refreshed, iterations = run(kronecker_newton(), params, 27)
     assert [n for n in range(27) if n == 0 or refreshed[n] > refreshed[n - 1]] == [0, 1, 3, 7, 15, 25]
     assert set(iterations) == {0}
+    # Of the damping that follows, in mean eigenvalues of the first factors.
+    for parameters, options, first in ((params, {}, 0.15), (smaller, {"max_iterations": 1}, 0.15), (smaller, {}, 0.5)):
+        np.testing.assert_allclose(
+            find_state(kronecker_newton(**options).init(parameters)).control.damping, first, rtol=1e-6
+        )
     assert 0 not in run(kronecker_newton(max_iterations=2), params, 12)[1]
-    smaller = {"a": params["a"][:8], "b": params["b"][:8, :8], "c": params["c"][:, :8]}
     refreshed, iterations = run(kronecker_newton(), smaller, 30)
     assert refreshed == [1] * 10 + [2] * 10 + [3] * 10
     assert max(iterations) > 1
