@@ -109,14 +109,16 @@ class Problem:
     def _attempt(self, before: Attempts) -> Attempts:
         found = self._proposed(before.control, before.tried == 0)
         control, dtype = found.control, self.value.dtype
-        scale, step, predicted = self._scaled(found.combination, control.scale)
+        scale = control.scale
+        step, predicted = self._scaled(found.combination, scale)
         known = jnp.isfinite(norm(step).astype(dtype)) & jnp.isfinite(predicted)
         value, new_value, accepted = before.value, jnp.full((), jnp.nan, dtype), known
         if self.evaluate is not None:
             value, new_value = self._measured(before, step, predicted)
             if self.settings.interpolates:
                 part, new_value = self._interpolated(step, predicted, value, new_value)
-                scale, step, predicted = self._scaled(found.combination, scale * part)
+                scale = scale * part
+                step, predicted = self._scaled(found.combination, scale)
             accepted = known & (new_value <= self._limit(value, predicted)) & jnp.isfinite(new_value)
         length = norm(step).astype(dtype)
         # What rounding hides says nothing against the model.
@@ -138,11 +140,11 @@ class Problem:
             found.combination.learning_rate, found.combination.momentum,
         )  # fmt: skip
 
-    def _scaled(self, combination: Combination, scale: Array) -> tuple[Array, PyTree, Array]:
-        """`scale`, a step that is this much of the combination, and by how much the model says that it lowers the error."""
+    def _scaled(self, combination: Combination, scale: Array) -> tuple[PyTree, Array]:
+        """A step that is this much of the combination, and by how much the model says that it lowers the error."""
         step = times(scale, combination.step)
         predicted = -(dot(self.model.gradient, step) + scale * scale * combination.curved / 2)
-        return scale, step, predicted.astype(self.value.dtype)
+        return step, predicted.astype(self.value.dtype)
 
     def _interpolated(self, step: PyTree, predicted: Array, value: Array, new_value: Array) -> tuple[Array, Array]:
         """How much of a step is taken whose gain is poor, and the error after that; 1 where less of it is no better."""
