@@ -137,7 +137,7 @@ class Problem:
         return Attempts(
             control, value, step, new_value, predicted, ratio, accepted, accepted & ~hidden, before.tried + 1,
             before.iterations + found.iterations, found.residual,
-            found.combination.learning_rate, found.combination.momentum,
+            scale * found.combination.learning_rate, scale * found.combination.momentum,
         )  # fmt: skip
 
     def _scaled(self, combination: Combination, scale: Array) -> tuple[PyTree, Array]:

@@ -179,12 +179,12 @@ def scale_by_kronecker_newton(
     takes the same steps; gain ratios above 0.3 lower it. With more than 2^18 parameters the first factors are soon computed
     anew, after 1, 3, 7 and 15 updates.
 
-    After more than one iteration, a step that gains less than half of what the quadratic model says, or raises the error, is
-    shortened to the minimum of the parabola that has the error at both of its ends and the slope at the first, by one more
-    call of value_fn, before any other damping is tried.
+    A step that gains less than half of what the quadratic model says, or raises the error, is shortened to the minimum of
+    the parabola that has the error at both of its ends and the slope at the first, by one more call of value_fn, before any
+    other damping is tried; not one whose learning_rate or momentum is given.
 
-    `info.learning_rate` is the length of the first iteration's step, `info.momentum` the factor of the last step that it
-    begins with.
+    Of several iterations `info.learning_rate` is the length of the first one's step, `info.momentum` the factor of the last
+    step that they begin with; both are times the part of the step that is taken.
 
     Raises as `scale_by_newton` does, and `InputError`, by path, for a parameter of more than 8192 rows on a side.
 
@@ -217,11 +217,13 @@ def scale_by_kronecker_newton(
     settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, tuned_every=5)
     settings = settings.checked("kronecker_newton")
     exact = isinstance(learning_rate, str) and isinstance(momentum, str)
+    given = not isinstance(learning_rate, str) or not (momentum is None or isinstance(momentum, str))
+    settings = dataclasses.replace(settings, interpolates=not given)
 
     def made(big: bool) -> optax.GradientTransformationExtraArgs:
         most = max_iterations or (1 if big else _ITERATIONS)
         refinement = Refinement(most, progress) if exact and most > 1 else None
-        own = dataclasses.replace(settings, refinement=refinement, interpolates=refinement is not None)
+        own = dataclasses.replace(settings, refinement=refinement)
         if isinstance(damping, str):
             initial = _OF_SINGLE if refinement is None else _FIRST_DAMPING
             own = dataclasses.replace(own, rule=dataclasses.replace(follows, initial=initial))

@@ -90,13 +90,22 @@ def test_a_step_that_is_too_long_is_shortened_to_the_minimum_of_a_parabola(helpe
     np.testing.assert_allclose(info.ratio * info.predicted, loss(X) - info.new_loss, rtol=1e-9)
 
 
-def test_single_iterations_and_given_lengths_are_not_shortened(helpers):
-    for options in ({"max_iterations": 1}, {"learning_rate": 1.0, "momentum": None}):
-        optimizer = kronecker_newton(damping=1e-13, **options)
-        curvature = BlockDiagonal(Dense(H / 1.8))
-        updates, state = optimizer.update(H @ X, optimizer.init(X), X, curvature=curvature, value=loss(X), value_fn=loss)
-        np.testing.assert_allclose(updates, -1.8 * X, rtol=1e-9)
-        assert helpers.find(state).info.ratio < 0.5
+@pytest.mark.parametrize("options", [{"max_iterations": 1}, {"momentum": None}], ids=str)
+def test_a_shortened_step_is_that_of_its_learning_rate(helpers, options):
+    optimizer, update = updating("kronecker_newton", damping=1e-13, **options)
+    updates, state = update(X, optimizer.init(X), H @ X, H / 2.5, loss(X))
+    np.testing.assert_allclose(updates, -X, rtol=1e-9)
+    info = helpers.find(state).info
+    np.testing.assert_allclose(info.learning_rate * 2.5, 1, rtol=1e-9)
+    assert info.attempts == 1
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.0}], ids=str)
+def test_a_given_length_is_not_shortened(helpers, options):
+    optimizer, update = updating("kronecker_newton", damping=1e-13, learning_rate=1.0, **options)
+    updates, state = update(X, optimizer.init(X), H @ X, H / 1.8, loss(X))
+    np.testing.assert_allclose(updates, -1.8 * X, rtol=1e-9)
+    assert helpers.find(state).info.ratio < 0.5
 
 
 @each
