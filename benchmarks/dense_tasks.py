@@ -53,7 +53,7 @@ def franke(seed: int) -> Task:
         metric_name="RMSE on a grid",
         dtype=np.dtype(np.float64),
         batches=(None, 100),
-        budget=20.0,
+        budget=6.0,
         kfac="squared",
     )
 
@@ -116,7 +116,7 @@ def pinn(seed: int) -> Task:
         metric_name="relative L2 error",
         dtype=np.dtype(np.float64),
         batches=(None,),
-        budget=30.0,
+        budget=20.0,
     )
 
 
@@ -157,7 +157,7 @@ def diabetes(seed: int) -> Task:
         metric_name="RMSE, in standard deviations",
         dtype=np.dtype(np.float32),
         batches=(None,),
-        budget=5.0,
+        budget=2.0,
         kfac="squared",
         kfac_train=(xs[:count], ts[:count]),
         decay=_DIABETES_DECAY,
@@ -196,7 +196,7 @@ def digits_autoencoder(seed: int) -> Task:
         test=(test, test),
         dtype=np.dtype(np.float32),
         batches=(None, 100),
-        budget=60.0,
+        budget=15.0,
         kfac="squared",
     )
 
@@ -228,7 +228,7 @@ def fashion_autoencoder(seed: int, folder: str = FASHION) -> Task:
         dtype=np.dtype(np.float32),
         batches=(200, 1000),
         curvature_batch=2000,
-        budget=1200.0,
+        budget=240.0,
         kfac="squared",
         evaluated=2000,
     )
@@ -257,7 +257,7 @@ def spirals(seed: int) -> Task:
         metric_name="share misclassified",
         dtype=np.dtype(np.float32),
         batches=(None,),
-        budget=10.0,
+        budget=3.0,
         kfac="softmax",
         floor=1e-4,
     )
@@ -282,7 +282,7 @@ def digits_classifier(seed: int) -> Task:
         metric_name="share misclassified",
         dtype=np.dtype(np.float32),
         batches=(None, 100),
-        budget=10.0,
+        budget=3.0,
         kfac="softmax",
         floor=1e-4,
     )

@@ -85,7 +85,7 @@ def adding(seed: int, steps: int = 30, count: int = 5000) -> Task:
         dtype=_FLOAT,
         batches=(None, 100),
         curvature_batch=1000,
-        budget=60.0,
+        budget=20.0,
         success=0.01,
     )
 
@@ -157,6 +157,6 @@ def digits_rows(seed: int) -> Task:
         metric_name="share misclassified",
         dtype=_FLOAT,
         batches=(None, 100),
-        budget=20.0,
+        budget=5.0,
         floor=1e-4,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from curves import Curve
 from task import Task
 
-__all__ = ["best_settings", "draw", "goals", "table", "verdicts"]
+__all__ = ["best_settings", "draw", "goals", "reached", "same_loss", "table", "verdicts"]
 
 STYLES = {
     "adam": ("#0072B2", "-"),
@@ -25,6 +25,8 @@ STYLES = {
 }  # colours of Okabe and Ito (2008), told apart by the colour-blind
 RATED = ("adam", "nag")
 FIRST = (*RATED, "lbfgs")
+OURS, PEER = ("gauss_newton", "newton", "kronecker_newton"), "kfac_jax"
+CLOSE = 1.001  # losses that count as the same: methods that converge to the same minimum differ by rounding
 
 
 def best_settings(task: Task, curves: Sequence[Curve]) -> dict[str, list[Curve]]:
@@ -55,13 +57,13 @@ def best_settings(task: Task, curves: Sequence[Curve]) -> dict[str, list[Curve]]
 def goals(task: Task, best: dict[str, list[Curve]]) -> dict[int, float]:
     """For each seed the training loss to reach: the least final one of the first-order methods, or the task's floor.
 
-    A thousandth more counts as reached: methods that have converged to the same minimum differ by rounding.
+    A thousandth more counts as reached.
     """
     found: dict[int, float] = {}
     for method in FIRST:
         for run in best.get(method, []):
             found[run.seed] = min(found.get(run.seed, float("inf")), run.final_loss)
-    return {seed: max(1.001 * goal, task.floor) for seed, goal in found.items()}
+    return {seed: max(CLOSE * goal, task.floor) for seed, goal in found.items()}
 
 
 def reached(task: Task, best: dict[str, list[Curve]]) -> dict[str, list[tuple[float, float]]]:
@@ -139,7 +141,24 @@ def verdicts(task: Task, best: dict[str, list[Curve]]) -> list[str]:
             errors = _ratio(runs, best[lowest], lambda run: run.final_error)
             line = f"{method} / best of {name}: time {ratios[0]}, iterations {ratios[1]} ({fastest})"
             lines.append(line if task.success is not None else f"{line}, final test error {errors:.3g} ({lowest})")
-    return lines
+    return lines + [same_loss(method, best[method], best[PEER]) for method in OURS if {method, PEER} <= set(best)]
+
+
+def same_loss(name: str, ours: list[Curve], theirs: list[Curve]) -> str:
+    """How the times to a loss that both reach compare, seed by seed: the higher one of the two least losses."""
+    other = {run.seed: run for run in theirs}
+    ratios, ends = [], []
+    for run in ours:
+        if run.seed in other:
+            least = [min(each.losses) for each in (run, other[run.seed])]
+            times = [each.reaches("losses", CLOSE * max(least))[0] for each in (run, other[run.seed])]
+            ratios.append(times[0] / times[1] if times[1] else float("nan"))
+            ends.append((least[0] > CLOSE * least[1]) - (least[1] > CLOSE * least[0]))
+    lower, higher = ends.count(-1), ends.count(1)
+    return (
+        f"{name} / {PEER}: time to a loss that both reach {np.nanmedian(ratios):.3g}, slower in "
+        f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)} seeds; least loss lower in {lower}, higher in {higher}"
+    )
 
 
 def _ratios(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], place: int) -> str:

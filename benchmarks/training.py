@@ -4,7 +4,10 @@
     python benchmarks/training.py all                                     # all but the long one
     python benchmarks/training.py pinn --seeds 1 --budget 10 --methods adam,gauss_newton
     python benchmarks/training.py franke --kfac PATH/TO/bin/python --out franke.json --plot franke.png
-    python benchmarks/training.py fashion_autoencoder --seeds 1 --fashion DIRECTORY
+    python benchmarks/training.py diabetes --seeds 40 --grid-seeds 1      # many minima: many starts
+    python benchmarks/training.py fashion_autoencoder --seeds 1 --budget 1200 --fashion DIRECTORY
+
+It prints a table and draws the curves, to TASK.png.
 
 kfac-jax 0.0.8 wants an environment of its own: pip install jax==0.7.2 jaxlib==0.7.2 kfac-jax==0.0.8. Fashion-MNIST is
 Debian's package dataset-fashion-mnist: apt-get install dataset-fashion-mnist; or, without being root, apt-get download
@@ -130,8 +133,9 @@ def run_task(name: str, options: argparse.Namespace) -> None:
         results: dict[str, Any] = {"task": name, "what": task.what, "budget": budget, "machine": _machine()}
         results["curves"] = [curve.as_dict() for curve in curves]
         pathlib.Path(options.out).write_text(json.dumps(results))
-    if options.plot:
-        summary.draw(task, best, options.plot)
+    picture = options.plot or f"{name}.png"
+    summary.draw(task, best, picture)
+    print(f"curves: {picture}")
 
 
 def _machine() -> str:
@@ -166,7 +170,7 @@ def main() -> int:
     parser.add_argument("--kfac", default=None, help="a Python that has kfac-jax")
     parser.add_argument("--fashion", default=FASHION, help="the folder of Fashion-MNIST")
     parser.add_argument("--out", default=None, help="a JSON file for all curves")
-    parser.add_argument("--plot", default=None, help="a picture of the curves")
+    parser.add_argument("--plot", default=None, help="the picture of the curves; TASK.png by default")
     options = parser.parse_args()
     if unknown := set(options.methods or ()) - set(METHODS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")

@@ -31,10 +31,10 @@ from jaxhess.optimizers.quadratic import (
     combination_of,
 )
 
-__all__ = ["Attempts", "Problem"]
+__all__ = ["Attempts", "Problem", "reach_of"]
 
 _RATIO = 2.0  # between the dampings of an approximate inverse that are compared
-_BOUNDS = 1e-12, 1e12  # of them
+_BOUNDS = 1e-12, 1e12  # of them, in the unit of the damping
 _POOR = 0.5  # gain ratio below which a step is shortened
 _LEAST_PART, _MOST_PART = 0.1, 0.9  # of it, to be worth an evaluation
 
@@ -55,6 +55,7 @@ class Attempts(NamedTuple):
     residual: Array
     learning_rate: Array
     momentum: Array
+    length: Array
 
 
 class _Proposal(NamedTuple):
@@ -90,7 +91,7 @@ class Problem:
         nothing, zero = jnp.full((), jnp.nan, self.value.dtype), jnp.zeros((), jnp.int32)
         start = Attempts(
             control, self.value, jax.tree.map(jnp.zeros_like, self.model.gradient), nothing, nothing, nothing,
-            jnp.zeros((), bool), jnp.zeros((), bool), zero, zero, nothing, nothing, nothing,
+            jnp.zeros((), bool), jnp.zeros((), bool), zero, zero, nothing, nothing, nothing, nothing,
         )  # fmt: skip
         most = self.settings.attempts if self.evaluate is not None else 1
 
@@ -121,8 +122,10 @@ class Problem:
                 step, predicted = self._scaled(found.combination, scale)
             accepted = known & (new_value <= self._limit(value, predicted)) & jnp.isfinite(new_value)
         length = norm(step).astype(dtype)
+        learning_rate, momentum = scale * found.combination.learning_rate, scale * found.combination.momentum
+        reach = reach_of(length, learning_rate.astype(dtype))
         # What rounding hides says nothing against the model.
-        hidden = predicted <= self._rounding(value)
+        hidden = jnp.abs(predicted) <= self._rounding(value)
         ratio = (value - new_value) / jnp.where(predicted > 0, predicted, 1)
         ratio = jnp.where(predicted > 0, ratio, jnp.where(value > new_value, 1, 0) + 0 * ratio)
         rule = self.settings.rule
@@ -130,14 +133,13 @@ class Problem:
             damped = control.damping * length * length
             curved = damped + scale * scale * found.combination.curved.astype(dtype)
             share = jnp.where(curved > 0, damped / jnp.where(curved > 0, curved, 1), 0)
-            taken = rule.taken(control, jnp.where(hidden, 1, ratio), length, share)
-            control = where(accepted, taken, rule.refused(control, length))
+            taken = rule.taken(control, jnp.where(hidden, 1, ratio), reach, share)
+            control = where(accepted, taken, rule.refused(control, reach))
         elif rule.adaptive:
-            control = where(accepted, control, rule.refused(control, length))
+            control = where(accepted, control, rule.refused(control, reach))
         return Attempts(
             control, value, step, new_value, predicted, ratio, accepted, accepted & ~hidden, before.tried + 1,
-            before.iterations + found.iterations, found.residual,
-            scale * found.combination.learning_rate, scale * found.combination.momentum,
+            before.iterations + found.iterations, found.residual, learning_rate, momentum, length,
         )  # fmt: skip
 
     def _scaled(self, combination: Combination, scale: Array) -> tuple[PyTree, Array]:
@@ -166,7 +168,7 @@ class Problem:
     def _limit(self, value: Array, predicted: Array) -> Array:
         """What the error may be after a step: no more than before; up to rounding, if no more than that is predicted."""
         rounding = self._rounding(value)
-        return value + jnp.where(predicted <= rounding, rounding, 0)
+        return value + jnp.where(jnp.abs(predicted) <= rounding, rounding, 0)
 
     def _measured(self, before: Attempts, step: PyTree, predicted: Array) -> tuple[Array, Array]:
         """The errors at the parameters and after the step.
@@ -204,7 +206,8 @@ class Problem:
         def chosen(control: Control) -> tuple[Array, Combination]:
             # The same first: of equal ones it is kept, as far from where it matters all of them are equal.
             strengths = control.strength * jnp.asarray([1, 1 / _RATIO, _RATIO], control.strength.dtype)
-            strengths = jnp.clip(strengths, *_BOUNDS)
+            unit = jnp.where(control.unit > 0, control.unit, 1)
+            strengths = jnp.clip(strengths, *(bound * unit for bound in _BOUNDS))
             combination, best = self._combined(self._directions(strengths), control.damping, first)
             return strengths[best], combination
 
@@ -266,6 +269,11 @@ class Problem:
         direction = jax.tree.map(lambda leaf: leaf[best], directions)
         own = plane(best)
         return combination_of([direction, self.previous] if moving else [direction], own, coefficients(own)), best
+
+
+def reach_of(length: Array, learning_rate: Array) -> Array:
+    """The length of a direction, which a radius limits, from that of the step along it."""
+    return length / jnp.where(learning_rate == 0, 1, jnp.abs(learning_rate))
 
 
 def _stacked(vector: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ from jaxhess._linalg import widened
 from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.operators.paths import leaves_like
 from jaxhess.operators.vectors import dot, dtype_of, like, norm, plus, where
-from jaxhess.optimizers.attempts import Attempts, Problem
+from jaxhess.optimizers.attempts import Attempts, Problem, reach_of
 from jaxhess.optimizers.damping import Control, LevenbergMarquardt, Rule
 from jaxhess.optimizers.masking import completed, product_of_kept, restricted
 from jaxhess.optimizers.method import Method, Settings
@@ -38,7 +38,9 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         zero = jnp.zeros((), jnp.int32)
         no = jnp.zeros((), bool)
         left = jnp.asarray(settings.failures, jnp.int32)
-        info = StepInfo(nothing, nothing, nothing, nothing, no, zero, zero, nothing, nothing, nothing, zero, left)
+        info = StepInfo(
+            nothing, nothing, nothing, nothing, no, zero, zero, nothing, nothing, nothing, nothing, zero, left,
+        )  # fmt: skip
         state = SecondOrderState(
             zero, settings.rule.start(dtype), zero, nothing, previous if settings.keeps_steps else (), method.init(params),
             info,
@@ -59,8 +61,11 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         **others: Any,
     ) -> tuple[PyTree, SecondOrderState]:
         del others
+        if not jax.tree.leaves(updates):  # a group of `optax.partition` without parameters
+            return updates, state._replace(count=state.count + 1)
         _check(name, settings, curvature, value, value_fn, params)
         dtype, count = state.control.damping.dtype, state.count
+        params = jax.tree.map(jnp.asarray, params)
         gradient = jax.tree.map(lambda g: jnp.asarray(g, jnp.promote_types(g.dtype, jnp.float32)), updates)
         decays = settings.weight_decay is not None
         decay = jnp.asarray(settings.weight_decay if decays else 0, dtype)
@@ -83,9 +88,12 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
             )
             return _value_at(name, value_fn, moved, all_params, decay if decays else None, dtype)
 
+        hidden = jnp.zeros((), dtype)
         if value is not None:
-            value = jnp.asarray(value, dtype)
-            value = value + decay / 2 * dot(params, params).astype(dtype) if decays else value
+            given, value = jnp.result_type(value), jnp.asarray(value, dtype)
+            if jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).bits < jnp.finfo(dtype).bits:
+                hidden = jnp.abs(value) * jnp.finfo(given).eps  # what a loss of a narrow dtype cannot tell
+            value = value + _penalty(decay, params, dtype) if decays else value
         elif value_fn is not None:
             value = evaluate(jax.tree.map(jnp.zeros_like, gradient))
         else:
@@ -99,7 +107,7 @@ def transformation(method: Method, settings: Settings) -> optax.GradientTransfor
         if value_fn is None and settings.rule.adaptive:
             control = _by_last_value(settings.rule, control, state, value)
         by = evaluate if value_fn is not None else None
-        noise = jnp.zeros_like(value) if by is None else _noise(gradient, params, dtype)
+        noise = jnp.zeros_like(value) if by is None else hidden + _noise(gradient, params, dtype)
         tries = Problem(method, settings, prepared, model, state.previous, count, value, noise, by).solved(control, finite)
         failed = ~finite | ~jnp.isfinite(norm(tries.step)) | ~jnp.isfinite(tries.predicted)
         if by is not None:
@@ -140,16 +148,16 @@ def _info(value: Array, tries: Attempts, solver: str, failures_left: Array) -> S
     code = jnp.asarray(SOLVERS.index(solver), jnp.int32)
     return StepInfo(
         value, tries.new_value, tries.predicted, tries.ratio, tries.accepted, tries.tried, tries.iterations,
-        tries.residual, tries.learning_rate, tries.momentum, code, failures_left,
+        tries.residual, tries.learning_rate, tries.momentum, tries.length, code, failures_left,
     )  # fmt: skip
 
 
 def _by_last_value(rule: Rule, control: Control, state: SecondOrderState, value: Array) -> Control:
     """Without `value_fn` the last step is judged now, by what the error has become."""
     predicted = state.info.predicted
-    known = (state.count > 0) & state.info.accepted & (predicted > 0) & jnp.isfinite(state.value)
+    known = (state.count > 0) & state.info.accepted & (predicted > 0) & jnp.isfinite(state.value) & jnp.isfinite(value)
     ratio = (state.value - value) / jnp.where(known, predicted, 1)
-    length = control.damping
+    length = reach_of(state.info.length, state.info.learning_rate)
     judged = where(ratio > 0, rule.taken(control, ratio, length, jnp.zeros_like(length)), rule.refused(control, length))
     return where(known, judged, control)
 
@@ -164,7 +172,13 @@ def _value_at(
     if jnp.shape(found) != ():
         raise InputError(f"{name}: value_fn must return the mean loss, a scalar, but returned shape {jnp.shape(found)}")
     found = jnp.asarray(found, dtype)
-    return found if decay is None else found + decay / 2 * dot(moved, moved).astype(dtype)
+    return found if decay is None else found + _penalty(decay, moved, dtype)
+
+
+def _penalty(decay: Array, params: PyTree, dtype: Any) -> Array:
+    """w ||params||^2 / 2, summed in float32 at least."""
+    wide = jax.tree.map(widened, params)
+    return decay / 2 * dot(wide, wide).astype(dtype)
 
 
 def _check(name: str, settings: Settings, curvature: Any, value: Any, value_fn: Any, params: Any) -> None:

@@ -22,12 +22,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxhess._typing import Array, InputError
 from jaxhess.operators.vectors import where
 from jaxhess.transforms.checks import check_number
 
-__all__ = ["Constant", "Control", "LevenbergMarquardt", "TrustRadius", "as_rule", "constant", "levenberg_marquardt"]
+__all__ = [
+    "Constant",
+    "Control",
+    "LevenbergMarquardt",
+    "TrustRadius",
+    "as_rule",
+    "constant",
+    "levenberg_marquardt",
+    "refuse_relative",
+]
 
 _GROWTH, _MOST_GROWTH = 2.0, 16.0
 _MOST_SHARE = 0.8  # of the curvature along a step that may be damping
@@ -139,18 +149,22 @@ class LevenbergMarquardt:
 
 @dataclasses.dataclass(frozen=True)
 class TrustRadius:
-    """The radius of a trust region, from the gain ratio: `initial` > 0, in units of the parameters, and at most `most`.
+    """The radius of a trust region, from the gain ratio: `initial`, and the bounds `least` and `most`, all above 0 and in
+    units of the parameters. A smaller radius starts again at `initial` after ten updates that gained nothing.
 
-    Raises `InputError` for others.
+    Raises `InputError` for numbers that are out of order. Source: Moré (1983).
+
+    >>> TrustRadius(2.0).most
+    1000000.0
     """
 
     initial: float | Array = 1.0
     most: float = 1e6
+    least: float = 1e-12
     adaptive = True
 
     def __post_init__(self) -> None:
-        check_number("TrustRadius: initial", self.initial, above=0)
-        check_number("TrustRadius: most", self.most, above=0)
+        _check_order("TrustRadius", self.initial, self.least, self.most)
 
     def start(self, dtype: Any) -> Control:
         return _begun(self.initial, dtype)
@@ -164,15 +178,20 @@ class TrustRadius:
         radius = control.damping
         smaller = jnp.where(length > 0, jnp.minimum(radius, length) / 4, radius)
         larger = jnp.where(length > 0.9 * radius, jnp.minimum(2 * radius, self.most), radius)
-        return control._replace(damping=jnp.where(ratio < 0.25, smaller, jnp.where(ratio > 0.75, larger, radius)))
+        return self._limited(control, jnp.where(ratio < 0.25, smaller, jnp.where(ratio > 0.75, larger, radius)))
 
     def refused(self, control: Control, length: Array) -> Control:
         known = jnp.isfinite(length) & (length > 0)
-        return control._replace(damping=jnp.minimum(control.damping, jnp.where(known, length, control.damping)) / 4)
+        return self._limited(control, jnp.minimum(control.damping, jnp.where(known, length, control.damping)) / 4)
 
     def ended(self, control: Control, gained: Array) -> Control:
-        del gained
-        return control
+        stalled = jnp.where(gained, 0, control.stalled + 1)
+        patient = stalled < _PATIENCE
+        radius = jnp.where(patient, control.damping, jnp.maximum(control.damping, self.initial))
+        return self._limited(control, radius)._replace(stalled=jnp.where(patient, stalled, 0).astype(stalled.dtype))
+
+    def _limited(self, control: Control, radius: Array) -> Control:
+        return control._replace(damping=jnp.maximum(radius, self.least).astype(control.damping.dtype))
 
 
 def _as_damping(before: Control, after: Control) -> Array:
@@ -207,6 +226,8 @@ def levenberg_marquardt(
     least: float = 1e-12,
     most: float = 1e12,
     release: float | None = None,
+    relative: bool = False,
+    neutral: float = 0.5,
 ) -> LevenbergMarquardt:
     """Damping that falls where the quadratic model predicts well and rises where it does not.
 
@@ -214,11 +235,14 @@ def levenberg_marquardt(
         initial: λ of the first step, > 0, in units of the curvature. Any will do within some powers of ten: a step that is
             refused is tried again at once. A larger λ starts again here after ten updates that gained nothing.
         decrease: what λ is divided by, at most, after a step: > 1.
-        least, most: bounds of λ.
+        least, most: bounds of λ, 0 < least <= initial <= most.
         release: what λ is divided by, at most, after a step along which it is more than 4/5 of the curvature, or more than
             half where the gain ratio is within 0.05 of 1: one that it alone has limited; and while it is above twice what it
             was when a step was last refused: one refused update can raise it a thousandfold. At least `decrease`, its
             default.
+        relative: whether `initial`, `least` and `most` are multiples of the mean eigenvalue of the first curvature, so that
+            a loss in other units takes the same steps; of `kronecker_newton` only.
+        neutral: the gain ratio that leaves λ as it is, in [0, 1).
 
     Raises `InputError` for numbers out of range. Source: Levenberg (1944), Marquardt (1963); the update is that of Nielsen,
     "Damping parameter in Marquardt's method" (1999).
@@ -226,17 +250,29 @@ def levenberg_marquardt(
     >>> levenberg_marquardt(1.0).initial
     1.0
     """
-    check_number("levenberg_marquardt: initial", initial, above=0)
     check_number("levenberg_marquardt: decrease", decrease, above=1)
-    check_number("levenberg_marquardt: least", least, least=0)
-    check_number("levenberg_marquardt: most", most, least=0)
+    check_number("levenberg_marquardt: neutral", neutral, least=0, below=1)
     if release is not None:
         check_number("levenberg_marquardt: release", release)
         if release < decrease:
             raise InputError(f"levenberg_marquardt: release must be at least decrease={decrease}, got {release}")
-    if most < least:
-        raise InputError(f"levenberg_marquardt: need 0 <= least <= most, got {least} and {most}")
-    return LevenbergMarquardt(initial, decrease, least, most, release)
+    _check_order("levenberg_marquardt", initial, least, most)
+    return LevenbergMarquardt(initial, decrease, least, most, release, relative, neutral)
+
+
+def refuse_relative(name: str, rule: Rule) -> None:
+    """Raises `InputError` for a damping in the unit of Kronecker factors, which this method has none of."""
+    if isinstance(rule, LevenbergMarquardt) and rule.relative:
+        raise InputError(f"{name}: levenberg_marquardt(.., relative=True) is for kronecker_newton; give initial as a number")
+
+
+def _check_order(name: str, initial: Any, least: Any, most: Any) -> None:
+    """Raises `InputError` unless 0 < least <= initial <= most, as far as they are known."""
+    for what, given in (("initial", initial), ("least", least), ("most", most)):
+        check_number(f"{name}: {what}", given, above=0)
+    known = [each for each in (least, initial, most) if not isinstance(each, Tracer)]
+    if known != sorted(known):
+        raise InputError(f"{name}: need 0 < least <= initial <= most, got {least}, {initial} and {most}")
 
 
 def as_rule(what: str, damping: Any) -> Rule:

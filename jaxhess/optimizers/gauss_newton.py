@@ -32,7 +32,7 @@ from jaxhess.operators.preconditioning import preconditioner_of
 from jaxhess.operators.reduction import Reduction
 from jaxhess.operators.vectors import dtype_of, like, norm, plus
 from jaxhess.optimizers.core import transformation
-from jaxhess.optimizers.damping import Constant, TrustRadius, as_rule, levenberg_marquardt
+from jaxhess.optimizers.damping import Constant, TrustRadius, as_rule, levenberg_marquardt, refuse_relative
 from jaxhess.optimizers.kronecker_inverse import KroneckerInverse, averaged, no_factors, units_of
 from jaxhess.optimizers.method import Direction, Method, Settings
 from jaxhess.optimizers.products import LinearisedGaussNewton
@@ -250,9 +250,10 @@ def scale_by_gauss_newton(
         tolerance, max_iterations: of conjugate gradients, which start from the last step: the relative residual at which
             they stop, and the number of products if not (100). Where they stop early the step is used as it is; the state's
             `info.residual` tells.
-        damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`.
+        damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`; the name
+            "levenberg_marquardt" is `levenberg_marquardt(decrease=6.0)` here.
 
-    Raises as `scale_by_newton` does.
+    Raises as `scale_by_newton` does. Source: Levenberg (1944), Marquardt (1963), Schraudolph (2002).
 
     >>> import jax, jax.numpy as jnp, jaxhess, optax
     >>> def model(params, x):
@@ -274,12 +275,15 @@ def scale_by_gauss_newton(
         raise InputError(f"gauss_newton: blocks must be 'diagonal' or 'full', got {blocks!r}")
     if solver not in ("auto", "gram", "normal", "cg"):
         raise InputError(f"gauss_newton: solver must be 'auto', 'gram', 'normal' or 'cg', got {solver!r}")
+    if blocks == "diagonal" and solver in ("gram", "normal"):
+        raise InputError(f"gauss_newton: solver={solver!r} is for the whole matrix, blocks='full', got blocks='diagonal'")
     check_number("gauss_newton: tolerance", tolerance, above=0)
     most = _ITERATIONS if max_iterations is None else as_static_integer("gauss_newton: max_iterations", max_iterations)
     named = isinstance(damping, str) and damping == "levenberg_marquardt"
     rule = levenberg_marquardt(decrease=_DECREASE) if named else as_rule("gauss_newton", damping)
     if isinstance(rule, TrustRadius):
         raise InputError("gauss_newton: a TrustRadius is for newton with curvature='trust_region'")
+    refuse_relative("gauss_newton", rule)
     settings = Settings(
         rule, learning_rate, momentum, weight_decay, max_attempts, max_failures, warm_start=solver in ("auto", "cg")
     ).checked("gauss_newton")

@@ -169,7 +169,9 @@ def scale_by_kronecker_newton(
             that momentum is a part of them; 1 is the minimum over learning rate and momentum alone, with no product but
             two passes forward. By default 20, and 1 for more than 2^18 parameters. They want learning_rate="exact" and
             momentum="exact"; with others there are none.
-        damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`.
+        damping, learning_rate, momentum, weight_decay, max_attempts, max_failures: as in `scale_by_newton`; the name
+            "levenberg_marquardt" is `levenberg_marquardt(0.5, decrease=1.07, release=2.0, relative=True, neutral=0.3)` here,
+            with 0.15 in the place of 0.5 for single iterations.
 
     Matrices (m, n) have factors of m and n rows, vectors one of all their rows, arrays of more axes one for the last axis
     and one for all others together. A bias that is added to the product with a weight, and used nowhere else, shares the
@@ -185,6 +187,9 @@ def scale_by_kronecker_newton(
 
     Of several iterations `info.learning_rate` is the length of the first one's step, `info.momentum` the factor of the last
     step that they begin with; both are times the part of the step that is taken.
+
+    Source: Martens and Grosse (2015) for the factors and the exact learning rate and momentum; the factors here are those
+    nearest to the blocks (Van Loan and Pitsianis 1993).
 
     Raises as `scale_by_newton` does, and `InputError`, by path, for a parameter of more than 8192 rows on a side.
 

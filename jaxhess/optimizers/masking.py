@@ -40,7 +40,8 @@ def restricted(name: str, curvature: Any, structure: PyTree) -> Any:
     shapes = _mapped(name, lambda _, s: s, structure, own)
     leaves_like(what, structure, shapes)
     if isinstance(curvature, BlockDiagonal):
-        return BlockDiagonal(_mapped(name, lambda _, block: block, structure, curvature.blocks), curvature.tags)
+        blocks = _mapped(name, lambda _, block: block, structure, curvature.blocks)
+        return BlockDiagonal(blocks, curvature.tags, _layers_of_kept(curvature, structure))
     if isinstance(curvature, GaussNewton):
         return dataclasses.replace(curvature, jacobians=_mapped(name, lambda _, J: J, structure, curvature.jacobians))
     if isinstance(curvature, FullHessian):
@@ -51,6 +52,19 @@ def restricted(name: str, curvature: Any, structure: PyTree) -> Any:
         kept = _mapped(name, lambda _, w: w, structure, curvature.structure)
         return dataclasses.replace(curvature, push=push, structure=kept, blocks=blocks)
     raise InputError(f"{name}: of a {type(curvature).__name__} the part of some parameters cannot be taken; give blocks")
+
+
+def _layers_of_kept(curvature: BlockDiagonal, structure: PyTree) -> list[tuple[int, int]]:
+    """The weights and biases of one layer of which both are kept, by their places among what is."""
+    kept = jax.tree.map(
+        lambda node, part: [not _is_masked(node) for _ in jax.tree.leaves(part)],
+        structure,
+        curvature.in_structure(),
+        is_leaf=_is_masked,
+    )
+    flags = jax.tree.leaves(kept)
+    place = np.cumsum(flags) - 1
+    return [(int(place[w]), int(place[b])) for w, b in curvature.layers if flags[w] and flags[b]]
 
 
 def _push_kept(push: Any, whole: PyTree, vector: PyTree) -> PyTree:

@@ -27,7 +27,7 @@ from jaxhess.operators.paths import naming
 from jaxhess.operators.reduction import Reduction, Whole
 from jaxhess.operators.vectors import like
 from jaxhess.optimizers.core import transformation
-from jaxhess.optimizers.damping import TrustRadius, as_rule
+from jaxhess.optimizers.damping import TrustRadius, as_rule, refuse_relative
 from jaxhess.optimizers.masking import kept_entries
 from jaxhess.optimizers.method import Direction, Method, Settings
 from jaxhess.optimizers.state import Optimizer, Wanted
@@ -37,6 +37,7 @@ __all__ = ["newton", "scale_by_newton"]
 
 _CURVATURES = ("absolute", "positive_part", "shift", "trust_region")
 _BLOCKS = ("diagonal", "full")
+_LARGEST = 6144  # rows of a whole Hessian that are diagonalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class _Newton(Method):
         if not hasattr(operator, "as_matrix"):
             raise InputError(f"newton: curvature must be a Hessian of jaxhess, got {type(operator).__name__}")
         entries = kept_entries(structure, operator.in_structure())
+        _check_size(operator.in_size() if entries is None else len(entries))
         matrix = symmetrise(operator.as_matrix())
         matrix = matrix if entries is None else matrix[entries][:, entries]
         return self._bent(eigen_of(Reduction(Whole.of(structure), matrix)), decay), memory
@@ -136,6 +138,14 @@ def _factorable(block: Any) -> Any:
     return wide(block)
 
 
+def _check_size(rows: int) -> None:
+    if rows > _LARGEST:
+        raise InputError(
+            f"newton: the whole Hessian has {rows} rows, more than {_LARGEST}, too many to diagonalise in every update. Use "
+            "blocks='diagonal', kronecker_newton, or gauss_newton, which can go by conjugate gradients"
+        )
+
+
 def _by_block(prepared: Any, vector: PyTree, function: Any) -> PyTree:
     if not isinstance(prepared, list):
         return function(prepared, vector)
@@ -167,7 +177,8 @@ def scale_by_newton(
         blocks: "diagonal" or "full", for `jaxhess.optimizers.step`; `update` takes what it is given.
         damping: λ >= 0 of `C + λI`, a number or a schedule; or "levenberg_marquardt", or
             `jaxhess.optimizers.levenberg_marquardt(initial, ..)`. A `TrustRadius` for the trust region.
-        learning_rate: of the step, a number or a schedule; "exact" for the one that minimises the quadratic model.
+        learning_rate: of the step, a number or a schedule; "exact" for the one that minimises the quadratic model. A radius
+            limits the step at a learning rate of 1.
         momentum: what the last step counts for, a number or a schedule; "exact", with an exact learning rate, for the two
             that minimise the model together; None for none.
         weight_decay: w of the penalty `w ||params||^2 / 2`, which becomes part of the error, its gradient and curvature.
@@ -175,15 +186,22 @@ def scale_by_newton(
             up and leaves the parameters as they are.
         max_failures: updates in a row with numbers that are not finite, before it is an error.
 
+    `product=`, products with a matrix (a function of vectors, or an operator), is the curvature of the quadratic model where
+    that is another than `curvature`; `all_params=` are what `value_fn` and `product` take where `optax.masked` or
+    `optax.partition` leaves some parameters to others.
+
     With `value_fn`, a step that raises the error, by more than its rounding, is not taken. With `value` alone, the damping
     follows from how the error went since the last update. A constant damping needs neither.
 
     Raises:
         InputError: for options out of range; in `update`, if the curvature is missing, has other parameters than the
-            gradients (named by path) or is too large to diagonalise, or if the damping needs a value and there is none.
+            gradients (named by path) or is too large to diagonalise (a whole Hessian of more than 6144 rows), or if the
+            damping needs a value and there is none.
         RuntimeError: (equinox's; within `jax.jit` what JAX makes of it) when `max_failures` is reached; not with
             `raise_failures=False` in `update`, which leaves it to the caller to look at `info.failures_left` and compiles
             without a callback to the host.
+
+    Source: Naumov (2017), Theorem 1, for the Hessian; Dauphin et al. (2014) for its absolute value.
 
     >>> import jax, jax.numpy as jnp, jaxhess, optax
     >>> def error(params, x):
@@ -214,6 +232,7 @@ def scale_by_newton(
         rule = as_rule("newton", damping)
         if isinstance(rule, TrustRadius):
             raise InputError("newton: a TrustRadius is for curvature='trust_region'")
+        refuse_relative("newton", rule)
     settings = Settings(rule, learning_rate, momentum, weight_decay, max_attempts, max_failures).checked("newton")
     made = transformation(_Newton(curvature, blocks), settings)
     return Optimizer.of(made, Wanted("hessian", blocks))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jaxhess._typing import Array, PyTree
+from jaxhess._typing import Array, InputError, PyTree
 from jaxhess.optimizers.damping import Control
 from jaxhess.transforms.checks import check_parameters
 
@@ -51,6 +51,7 @@ class StepInfo(NamedTuple):
     residual: Array  # relative, of the last linear system
     learning_rate: Array
     momentum: Array
+    length: Array  # Euclidean norm of the step
     solver: Array  # int32
     failures_left: Array  # int32: how many more updates in a row may meet a number which is not finite; 0 is an error
 
@@ -95,7 +96,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
         def init(params: PyTree) -> Any:
             if jax.tree.leaves(params):
-                check_parameters(params)
+                params = check_parameters(params)
             found = _WANTED.get()
             if found is not None:
                 found.append(wanted)
@@ -110,9 +111,10 @@ _WANTED: contextvars.ContextVar[list[Wanted] | None] = contextvars.ContextVar("w
 
 
 def wanted_within(optimizer: Any, params: PyTree) -> Wanted | None:
-    """What the first second-order optimizer within `optimizer` wants, whatever is wrapped around it; None without one.
+    """What the second-order optimizers within `optimizer` want, whatever is wrapped around them; None without one.
 
-    Wrappers forget all but two functions; their `init` calls that of what they wrap.
+    Wrappers forget all but two functions; their `init` calls that of what they wrap. Raises `InputError` where two want
+    different curvatures, of which one update can be given one only.
     """
     found: list[Wanted] = []
     token = _WANTED.set(found)
@@ -120,7 +122,20 @@ def wanted_within(optimizer: Any, params: PyTree) -> Wanted | None:
         jax.eval_shape(optimizer.init, params)
     finally:
         _WANTED.reset(token)
+    for other in found[1:]:
+        if other != found[0]:
+            raise InputError(
+                "step: the optimizer holds two second-order ones that want different curvatures, "
+                f"{_described(found[0])} and {_described(other)}. Give them the same one, by step(.., curvature=function of "
+                "(params, *batch)), or train with one method"
+            )
     return found[0] if found else None
+
+
+def _described(wanted: Wanted) -> str:
+    factors = ", factors of sampled directions" if wanted.sampled else ""
+    solver = "" if wanted.solver == "auto" else f", solver {wanted.solver!r}"
+    return f"({wanted.curvature}, blocks {wanted.blocks!r}{factors}{solver})"
 
 
 def find_state(state: Any) -> SecondOrderState | None:

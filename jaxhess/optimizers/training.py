@@ -64,6 +64,7 @@ def step(
     curvature: str | Callable[..., Any] | None = None,
     blocks: str | None = None,
     batch_size: int | None = None,
+    key: Array | None = None,
 ) -> Callable[..., tuple[PyTree, Any, Metrics]]:
     """One training step as a compiled function, `(params, state, *batch)` -> `(params, state, metrics)`.
 
@@ -77,12 +78,15 @@ def step(
         blocks: "diagonal" or "full", of the curvature; by default what the optimizer wants, or "diagonal" for a Hessian and
             "full" for Gauss-Newton.
         batch_size: compute the curvature in chunks of so many examples.
+        key: of the random directions of the outputs that `kronecker_newton` and conjugate gradients make their factors of,
+            and the count of the update; by default `jax.random.key(0)`.
 
     Returns:
         The function; the batch has a leading axis of r examples, of which the mean loss counts. The first call compiles.
 
     Raises:
-        InputError: if Gauss-Newton is wanted of a loss alone, or for options that are not known.
+        InputError: if Gauss-Newton is wanted of a loss alone, or for options that are not known; by the function, if the
+            optimizer holds two methods that want different curvatures.
         RuntimeError: by the function, when `max_failures` updates in a row met a number that is not finite.
 
     >>> import jax.numpy as jnp, jaxhess
@@ -134,7 +138,8 @@ def step(
             return value, gradient, {"curvature": H}
 
         def made() -> BlockDiagonal:
-            return sampled_curvature(model, loss, params, *batch, key=jax.random.fold_in(jax.random.key(0), count))
+            start = jax.random.key(0) if key is None else key
+            return sampled_curvature(model, loss, params, *batch, key=jax.random.fold_in(start, count))
 
         if wanted.sampled:
             if batch_size is None:
@@ -156,7 +161,7 @@ def step(
         if own is not None:
             check_parameters(params)
             check_batch(error, batch)
-            within = known or wanted_within(optimizer, params)
+            within = known if known is not None or callable(curvature) else wanted_within(optimizer, params)
         wanted = _wanted(within, *options, second_order=own is not None)
         value, gradient, extra = arguments(wanted, 0 if own is None else own.count, params, *batch)
         if own is not None:

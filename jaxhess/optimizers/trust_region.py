@@ -69,4 +69,5 @@ def minimum_in_ball(eigenvalues: Float[Array, "k"], gradient: Float[Array, "k"],
     hard = (~inside) & (eigenvalues[place] < 0) & (length(floor) < radius)
     towards = jnp.where(gradient[place] > 0, -1, 1).astype(dtype)
     step = jnp.where(hard, step.at[place].add(towards * missing), step)
+    step = jnp.where(radius == 0, 0, step)
     return InBall(step, low + delta, jnp.sqrt(jnp.sum(step**2)))

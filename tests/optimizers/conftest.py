@@ -71,6 +71,12 @@ class Net:
         B = np.asarray(jax.vmap(jax.hessian(self.loss))(outputs(jnp.asarray(self.flat)), ts))
         return np.einsum("rip,rij,rjq->pq", J, B, J) / len(xs)
 
+    @staticmethod
+    def absolute(matrix):
+        """|H|: every eigenvalue by its size."""
+        values, vectors = np.linalg.eigh(matrix)
+        return (vectors * np.abs(values)) @ vectors.T
+
     def blocked(self, matrix):
         """The blocks of each parameter, zeros between them."""
         place = np.repeat(np.arange(3), self.sizes)

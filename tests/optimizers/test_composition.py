@@ -8,10 +8,11 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import jaxhess
 from jaxhess._typing import InputError
-from jaxhess.operators import BlockDiagonal, Dense
+from jaxhess.operators import BlockDiagonal, Dense, Diagonal
 from jaxhess.optimizers import (
     find_state,
     gauss_newton,
@@ -44,15 +45,10 @@ def whole_gauss_newton(net):
     return jax.jit(jaxhess.gauss_newton(net.model, net.loss, blocks="full"))(net.params, *net.batch)
 
 
-def absolute(matrix):
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.abs(values)) @ vectors.T
-
-
 def dense_step(net, gradient, damping=DAMPING, blocks="diagonal"):
     """`-(|H| + λ)^-1 g`, of each parameter's block or of the whole."""
     D = net.dense_hessian()
-    C = absolute(net.blocked(D) if blocks == "diagonal" else D)
+    C = net.absolute(net.blocked(D) if blocks == "diagonal" else D)
     return -np.linalg.solve(C + damping * np.eye(len(D)), gradient)
 
 
@@ -129,7 +125,7 @@ def test_masks(net, helpers, which, kind):
         inner, H, D = newton(blocks=blocks, damping=DAMPING), hessian(net, blocks), net.dense_hessian()
         D = net.blocked(D) if kind == "blocks" else D
     part = D[np.ix_(places, places)]
-    C = part if kind == "gauss_newton" else absolute(part)
+    C = part if kind == "gauss_newton" else net.absolute(part)
     s = -np.linalg.solve(C + DAMPING * np.eye(len(places)), g[places])
     given = {"value": net.value_and_gradient[0], "value_fn": net.mean, "all_params": net.params}
     (updates,), state = updates_of(optax.masked(inner, MASKS[which]), net, H, **given)
@@ -156,6 +152,59 @@ def test_masked_products_and_factors(net, helpers):
     helpers.close(s @ D @ s + DAMPING * s @ s, -g @ s)
     with pytest.raises(InputError, match="all_params"):
         updates_of(optimizer, net, blocks, value=1.0, product=G.mv)
+
+
+def test_a_layer_that_is_kept_is_a_layer_still(net, helpers):
+    """Its bias shares the factors of its weight, whatever is left to others."""
+    blocks = jaxhess.gauss_newton(net.model, net.loss, blocks="diagonal")(net.params, *net.batch)
+    assert blocks.layers == ((1, 0),)
+    masked = optax.masked(kronecker_newton(damping=DAMPING), {"hidden": True, "out": False})
+    _, state = updates_of(masked, net, blocks, value=1.0)
+    _, alone = updates_of(kronecker_newton(damping=DAMPING), net, blocks, value=1.0)
+    kept, whole = helpers.find(state).memory.factors, helpers.find(alone).memory.factors
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(whole[:2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    shifted = {"hidden": {"b": False, "w": True}, "out": True}  # half of a layer is none
+    _, state = updates_of(optax.masked(kronecker_newton(damping=DAMPING), shifted), net, blocks, value=1.0)
+    assert len(helpers.find(state).memory.factors) == 2
+
+
+@each
+def test_a_group_without_parameters(net, name):
+    optimizer = optax.partition({"none": ALL[name](), "all": optax.sgd(0.1)}, jax.tree.map(lambda _: "all", net.params))
+    params, state, metrics = step((net.model, net.loss), optimizer)(net.params, optimizer.init(net.params), *net.batch)
+    expected = net.flat - 0.1 * net.gradient
+    np.testing.assert_allclose(ravel_pytree(params)[0], expected, rtol=1e-9)
+    assert find_state(state).count == 1
+    np.testing.assert_allclose(metrics.loss, net.value_and_gradient[0], rtol=1e-12)
+
+
+def test_two_that_want_different_curvatures(net):
+    first, second = gauss_newton(damping=DAMPING), newton(damping=DAMPING)
+    labels = {"hidden": "a", "out": "b"}
+    for a, b in ((first, second), (second, first), (kronecker_newton(damping=DAMPING), second)):
+        optimizer = optax.partition({"a": a, "b": b}, labels)
+        with pytest.raises(InputError, match=r"two second-order ones that want different curvatures.*'diagonal'"):
+            step((net.model, net.loss), optimizer)(net.params, optimizer.init(net.params), *net.batch)
+    optimizer = optax.partition({"a": first, "b": second}, labels)
+    given = jaxhess.gauss_newton(net.model, net.loss, blocks="full")
+    train = step((net.model, net.loss), optimizer, curvature=given)
+    _, _, metrics = train(net.params, optimizer.init(net.params), *net.batch)
+    assert metrics.accepted
+
+
+@each
+def test_parameters_that_are_numbers(name):
+    def model(p, x):
+        return p["w"] * x + p["b"]
+
+    optimizer = ALL[name]()
+    params, xs = {"w": 0.5, "b": 0.0}, jnp.arange(4.0)
+    state = optimizer.init(params)
+    train = step((model, jaxhess.losses.squared_error), optimizer)
+    for _ in range(40):
+        params, state, _ = train(params, state, xs, 2 * xs + 1)
+    np.testing.assert_allclose([params["w"], params["b"]], [2, 1], atol=1e-2)
 
 
 def test_masks_that_cannot_be(net):
@@ -353,6 +402,42 @@ def test_parameters_of_fewer_bits(net, name, dtype):
     assert floats == {jnp.dtype("float32")}
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_penalty_of_many_narrow_parameters(helpers, dtype):
+    """The sum of 70000 squares is more than float16 can be."""
+    params = jnp.ones(70_000, dtype)
+    curvature = BlockDiagonal(Diagonal(jnp.full(70_000, 0.25)))
+    optimizer = newton(weight_decay=0.25, damping=1e-6)
+
+    def value_of(p):
+        return 0.125 * jnp.sum(p.astype(jnp.float32) ** 2)
+
+    updates, state = optimizer.update(
+        params * jnp.asarray(0.25, dtype), optimizer.init(params), params, curvature=curvature, value=value_of(params),
+        value_fn=value_of,
+    )  # fmt: skip
+    info = helpers.find(state).info
+    np.testing.assert_allclose(info.loss, 0.25 * 70_000, rtol=1e-6)
+    assert info.accepted
+    np.testing.assert_allclose(np.asarray(updates, np.float32), -1, rtol=1e-2)
+
+
+def test_a_loss_of_few_bits_cannot_refuse_what_its_rounding_hides(helpers):
+    """The step lowers the loss by less than one unit of bfloat16, which comes out one unit higher."""
+    optimizer = newton(damping=1e-6, max_attempts=1)
+    x, curvature = jnp.ones(2), BlockDiagonal(Dense(jnp.eye(2)))
+
+    def value_fn(p):
+        return jnp.where(jnp.all(p == x), 1.0, 1.0078125).astype(jnp.bfloat16)
+
+    for gradient, accepted in ((1e-3, True), (1.0, False)):
+        g = jnp.full(2, gradient)
+        _, state = optimizer.update(
+            g, optimizer.init(x), x, curvature=curvature, value=jnp.asarray(1.0, jnp.bfloat16), value_fn=value_fn
+        )
+        assert helpers.find(state).info.accepted == accepted
 
 
 def test_the_loss_that_counts_is_that_of_rounded_parameters():

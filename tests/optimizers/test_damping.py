@@ -176,6 +176,25 @@ def test_trust_radius():
         assert rule.refused(control, jnp.asarray(unknown)).damping == 0.5
 
 
+def test_a_radius_has_a_floor_and_starts_again():
+    rule = TrustRadius(2.0, least=1e-3)
+    control = rule.start(jnp.float32)
+    for count in range(1, 11):
+        for _ in range(8):
+            control = rule.refused(control, jnp.asarray(jnp.nan, jnp.float32))
+        control = rule.ended(control, jnp.zeros((), bool))
+        np.testing.assert_allclose(control.damping, 2.0 if count == 10 else 1e-3, rtol=1e-6)
+    assert {leaf.dtype for leaf in control} == {jnp.dtype("float32")}
+    large = rule.start(jnp.float32)._replace(damping=jnp.asarray(5.0, jnp.float32))
+    for _ in range(10):  # one that has grown is not taken back
+        large = rule.ended(large, jnp.zeros((), bool))
+    assert large.damping == 5
+    small = large._replace(damping=jnp.asarray(1e-3, jnp.float32))
+    for count in range(20):
+        small = rule.ended(small, jnp.asarray(count % 10 == 5))
+    np.testing.assert_allclose(small.damping, 1e-3, rtol=1e-6)
+
+
 def test_options_that_are_refused():
     for attempt, what in (
         (lambda: constant(-1.0), "damping must be at least 0, got -1"),
@@ -193,8 +212,15 @@ def test_options_that_are_refused():
         (lambda: TrustRadius(np.float32(-1)), "initial must be above 0"),
         (lambda: gauss_newton(damping=np.float32(-1)), "gauss_newton: damping must be at least 0"),
         (lambda: levenberg_marquardt(decrease=1.0), "decrease must be above 1"),
-        (lambda: levenberg_marquardt(least=2.0, most=1.0), "least <= most"),
-        (lambda: levenberg_marquardt(least=-1.0), "least must be at least 0"),
+        (lambda: levenberg_marquardt(1.5, least=2.0, most=1.0), "<= most, got 2.0, 1.5 and 1.0"),
+        (lambda: levenberg_marquardt(least=-1.0), "least must be above 0"),
+        (lambda: levenberg_marquardt(least=0.0), "least must be above 0"),
+        (lambda: levenberg_marquardt(10.0, most=1.0), "least <= initial <= most, got 1e-12, 10.0 and 1.0"),
+        (lambda: levenberg_marquardt(neutral=1.0), "neutral must be at least 0 and below 1"),
+        (lambda: TrustRadius(2.0, most=1.0), "TrustRadius: need 0 < least <= initial <= most"),
+        (lambda: newton(damping=levenberg_marquardt(relative=True)), "newton: .*relative=True.* is for kronecker_newton"),
+        (lambda: gauss_newton(damping=levenberg_marquardt(relative=True)), "gauss_newton: .*relative=True"),
+        (lambda: gauss_newton("diagonal", solver="gram"), "solver='gram' is for the whole matrix"),
         (lambda: as_rule("newton", "lm"), "newton: damping must be .*'lm'"),
         (lambda: as_rule("newton", jnp.ones(2)), r"newton: damping must be one number.*\(2,\)"),
         (lambda: newton(damping=TrustRadius()), "is for curvature='trust_region'"),
@@ -343,8 +369,8 @@ def test_the_value_alone_judges_the_last_step(ratio):
     before = float(state.control.damping)
     updates, state = update(jnp.asarray(g), state, x, jnp.nan)
     np.testing.assert_array_equal(updates, [0, 0])
-    assert state.control.damping > before
     risen = float(state.control.damping)
+    np.testing.assert_allclose(risen, before * (2 if ratio > 0 else 4))  # once
     updates, state = update(jnp.asarray(g), state, x, 1.0)
     np.testing.assert_allclose(state.control.damping, risen)
     assert state.failures == 0

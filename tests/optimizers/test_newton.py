@@ -1,6 +1,7 @@
 """Newton steps against dense eigendecompositions of `jax.hessian`, and what is said of them."""
 
 import functools
+import importlib
 import itertools
 
 import jax
@@ -187,6 +188,18 @@ def test_too_large_to_diagonalise(net, monkeypatch):
     optimizer = newton(damping=1.0)
     with pytest.raises(InputError, match=r"hidden/w.*newton: .*kronecker_newton for such layers, or gauss_newton"):
         optimizer.update(net.params, optimizer.init(net.params), net.params, curvature=H)
+
+
+def test_a_whole_hessian_too_large_to_diagonalise(net, monkeypatch):
+    H = jaxhess.hessian(net.error, blocks="full")(net.params, *net.batch)
+    module = importlib.import_module("jaxhess.optimizers.newton")
+    monkeypatch.setattr(module, "_LARGEST", 9)
+    optimizer = newton("absolute", "full", damping=1.0)
+    with pytest.raises(InputError, match=r"the whole Hessian has 15 rows, more than 9.*blocks='diagonal'"):
+        optimizer.update(net.params, optimizer.init(net.params), net.params, curvature=H)
+    masked = optax.masked(optimizer, {"hidden": True, "out": False})  # whose rows are nine
+    updates, _ = masked.update(net.params, masked.init(net.params), net.params, curvature=H)
+    assert np.all(np.isfinite(updates["hidden"]["w"]))
 
 
 def test_it_solves_what_plain_descent_does_not():

@@ -266,6 +266,32 @@ def test_the_value_alone_judges_the_last_step():
         np.testing.assert_allclose(-updates, by_bisection(H, g, radius), rtol=1e-8)
 
 
+def test_the_value_alone_does_not_enlarge_a_radius_that_was_not_reached():
+    H, optimizer = Dense(jnp.diag(jnp.array([1.0, 2.0]))), optimizers.scale_by_newton("trust_region", "full")
+    state = optimizer.init(jnp.ones(2))
+    value, g = 3.0, jnp.array([0.1, 0.2])  # Newton's step has the length 0.14, the radius is 1
+    for _ in range(3):
+        _, state = optimizer.update(g, state, curvature=H, value=value)
+        value = value - float(state.info.predicted)
+    np.testing.assert_allclose(state.info.length, np.hypot(0.1, 0.1), rtol=1e-9)
+    assert state.control.damping == 1
+
+
+@pytest.mark.parametrize("learning_rate", [0.5, 1.0])
+def test_a_radius_limits_the_direction_whatever_the_learning_rate(learning_rate):
+    def f(x):
+        return -jnp.sum(x) + 1e-9 * jnp.sum(x**2)  # as far as one goes, the model is right
+
+    updates, state = quadratic_update(f, [0.0, 0.0], optimizers.TrustRadius(0.5), learning_rate=learning_rate)
+    np.testing.assert_allclose(np.linalg.norm(updates["x"]), 0.5 * learning_rate, rtol=1e-6)
+    np.testing.assert_allclose(state.control.damping, 1.0, rtol=1e-9)
+
+
+def test_no_radius_no_step():
+    found = minimum_in_ball(jnp.array([1.0, -2.0]), jnp.ones(2), jnp.zeros(()))
+    np.testing.assert_array_equal(found.coordinates, [0, 0])
+
+
 def test_a_single_array_with_a_dense_operator():
     optimizer = optimizers.scale_by_newton("trust_region", "full", damping=optimizers.TrustRadius(0.1))
     params, H = jnp.ones(2), Dense(jnp.diag(jnp.array([1.0, -2.0])))
