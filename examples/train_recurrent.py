@@ -8,6 +8,11 @@ than 1% of 5000 other sequences are off by more than 0.04. Gauss-Newton as it co
 learning rates with cosine decay, on sequences in batches of 100; compilation is not counted.
 """
 
+import os
+
+# SciPy's LAPACK factors; where other programs run too, its threads wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import argparse
 import time
 

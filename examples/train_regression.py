@@ -7,6 +7,11 @@ Adam with cosine decay on 100 points at a time, at the best of three learning ra
 not counted. The error is the root of the mean square on a grid of points that neither has seen.
 """
 
+import os
+
+# SciPy's LAPACK factors; where other programs run too, its threads wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import argparse
 import time
 
