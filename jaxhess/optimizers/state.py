@@ -139,7 +139,15 @@ def _described(wanted: Wanted) -> str:
 
 
 def find_state(state: Any) -> SecondOrderState | None:
-    """The first `SecondOrderState` within an optimizer's state, that of a chain say; None where there is none."""
+    """The first `SecondOrderState` within an optimizer's state, that of a chain say; None where there is none.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from jaxhess import optimizers
+    >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), optimizers.newton())
+    >>> state = optimizers.find_state(optimizer.init({"w": jnp.ones(2)}))
+    >>> state.count.item(), round(state.control.damping.item(), 6), state.info.solver_name
+    (0, 0.01, 'none')
+    """
     return next(iter(find_states(state)), None)
 
 
