@@ -56,15 +56,18 @@ def restricted(name: str, curvature: Any, structure: PyTree) -> Any:
 
 def _layers_of_kept(curvature: BlockDiagonal, structure: PyTree) -> list[tuple[int, int]]:
     """The weights and biases of one layer of which both are kept, by their places among what is."""
-    kept = jax.tree.map(
-        lambda node, part: [not _is_masked(node) for _ in jax.tree.leaves(part)],
-        structure,
-        curvature.in_structure(),
-        is_leaf=_is_masked,
-    )
-    flags = jax.tree.leaves(kept)
-    place = np.cumsum(flags) - 1
-    return [(int(place[w]), int(place[b])) for w, b in curvature.layers if flags[w] and flags[b]]
+    kept = _are_kept(structure, curvature.in_structure())
+    place = np.cumsum(kept) - 1
+    return [(int(place[w]), int(place[b])) for w, b in curvature.layers if kept[w] and kept[b]]
+
+
+def _are_kept(structure: PyTree, whole: PyTree) -> list[bool]:
+    """Of each leaf of `whole`, whether `structure` has it."""
+
+    def of(node: Any, part: PyTree) -> list[bool]:
+        return [not _is_masked(node) for _ in jax.tree.leaves(part)]
+
+    return jax.tree.leaves(jax.tree.map(of, structure, whole, is_leaf=_is_masked))
 
 
 def _push_kept(push: Any, whole: PyTree, vector: PyTree) -> PyTree:
@@ -75,13 +78,7 @@ def kept_entries(structure: PyTree, whole: PyTree) -> np.ndarray | None:
     """The places, among all entries of `whole` in the order of `ravel_pytree`, of what `structure` has; None for all."""
     if jax.tree.structure(structure) == jax.tree.structure(whole):
         return None
-    kept = jax.tree.map(
-        lambda node, part: [np.full(leaf.size, not _is_masked(node)) for leaf in jax.tree.leaves(part)],
-        structure,
-        whole,
-        is_leaf=_is_masked,
-    )
-    return np.flatnonzero(np.concatenate(jax.tree.leaves(kept)))
+    return np.flatnonzero(np.repeat(_are_kept(structure, whole), [leaf.size for leaf in jax.tree.leaves(whole)]))
 
 
 def completed(name: str, params: PyTree, all_params: PyTree) -> PyTree:
